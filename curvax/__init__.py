@@ -1,0 +1,70 @@
+"""Second-order optimization for Optax.
+
+Optimizers: `adahessian`, `scale_by_adahessian`, and what goes with them in a chain.
+Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
+matrices, most of them beside value and gradient in one pass.
+"""
+
+from curvax.curvature import (
+    DiagEstimate,
+    OutputLoss,
+    RefreshState,
+    TraceEstimate,
+    convex_loss,
+    fisher_vp,
+    ggn_vp,
+    hessian_diag,
+    hessian_trace,
+    hvp,
+    linearized_hvp,
+    random_probe,
+    value_grad_and_ggn_diag,
+    value_grad_and_ggn_diag_from_outputs,
+    value_grad_and_hessian_diag,
+    value_grad_and_hessian_diag_from_state,
+    value_grad_and_hvp,
+)
+from curvax.optimizers import (
+    AccumulateHessianDiagState,
+    Block,
+    HutchinsonEstimatorState,
+    ScaleByAdaHessianState,
+    accumulate_hessian_diag,
+    adahessian,
+    hutchinson_estimator,
+    merge_masked,
+    scale_by_adahessian,
+    state_shardings,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccumulateHessianDiagState",
+    "Block",
+    "DiagEstimate",
+    "HutchinsonEstimatorState",
+    "OutputLoss",
+    "RefreshState",
+    "ScaleByAdaHessianState",
+    "TraceEstimate",
+    "accumulate_hessian_diag",
+    "adahessian",
+    "convex_loss",
+    "fisher_vp",
+    "ggn_vp",
+    "hessian_diag",
+    "hessian_trace",
+    "hutchinson_estimator",
+    "hvp",
+    "linearized_hvp",
+    "merge_masked",
+    "random_probe",
+    "scale_by_adahessian",
+    "state_shardings",
+    "value_grad_and_ggn_diag",
+    "value_grad_and_ggn_diag_from_outputs",
+    "value_grad_and_hessian_diag",
+    "value_grad_and_hessian_diag_from_state",
+    "value_grad_and_hvp",
+]

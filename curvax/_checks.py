@@ -1,0 +1,110 @@
+"""Checks of what a user hands in: one sentence each, raised before any work is done."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def is_traced(value: Any) -> bool:
+    """Whether ``value`` has no concrete content yet, as under ``inject_hyperparams``."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises unless ``value`` lies in the interval; a tracer is let through."""
+    if is_traced(value):
+        return
+    number = np.asarray(value, dtype=np.float64)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if number.shape != () or not (above and below):
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must be a number in {left}{low}, {high}{right}, got {value!r}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless ``value`` is an integer of at least one; a tracer is let through."""
+    if is_traced(value):
+        return
+    number = np.asarray(value)
+    if number.shape != () or number.dtype.kind not in "iu" or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises unless ``value`` is one of ``allowed``."""
+    if not any(value is choice or value == choice for choice in allowed):
+        names = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be one of {names}, got {value!r}.")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as people write it: ``layers/0/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(the root)"
+
+
+def check_like(name: str, tree: PyTree, params: PyTree) -> None:
+    """Raises unless ``tree`` has a leaf of the same shape for each leaf of ``params``."""
+    ours = jax.tree_util.tree_leaves_with_path(tree)
+    theirs = jax.tree_util.tree_leaves_with_path(params)
+    for one, other in itertools.zip_longest(ours, theirs):
+        found, wanted = _describe(one), _describe(other)
+        if found != wanted:
+            raise ValueError(
+                f"{name} must match params leaf for leaf: at the first difference "
+                f"{name} has {found}, params has {wanted}."
+            )
+
+
+def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
+    if entry is None:
+        return "no further leaf"
+    path, leaf = entry
+    return f"{path_name(path)} of shape {jnp.shape(leaf)}"
+
+
+def checked_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """``fun`` as ``(loss, aux)``, with an output that is not a real scalar refused."""
+
+    def loss_and_aux(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        output = fun(*args, **kwargs)
+        value, aux = _split_aux(output) if has_aux else (output, None)
+        if isinstance(value, tuple | list | dict):
+            raise ValueError(
+                f"the loss must return a scalar, got a {type(value).__name__}; if it "
+                "returns (loss, aux), pass has_aux=True (an obj_fn must drop the aux: "
+                "lambda params: loss_fn(params, batch)[0])."
+            )
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                "the loss must return a real floating-point scalar, got shape "
+                f"{shape} and dtype {dtype}; reduce it, with jnp.mean for example."
+            )
+        return value, aux
+
+    return loss_and_aux
+
+
+def _split_aux(output: Any) -> tuple[Any, Any]:
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise ValueError(
+            "with has_aux=True the loss must return a pair (loss, aux), got a "
+            f"{type(output).__name__}."
+        )
+    return output

@@ -1,0 +1,45 @@
+"""The Hessian side: products of a loss's curvature with vectors.
+
+Plain functions of a loss; nothing here knows of Optax.
+"""
+
+from curvax.curvature._diagonal import value_grad_and_hessian_diag
+from curvax.curvature._from_state import (
+    RefreshState,
+    value_grad_and_hessian_diag_from_state,
+)
+from curvax.curvature._gauss_newton import (
+    fisher_vp,
+    ggn_vp,
+    value_grad_and_ggn_diag,
+    value_grad_and_ggn_diag_from_outputs,
+)
+from curvax.curvature._hutchinson import (
+    DiagEstimate,
+    TraceEstimate,
+    hessian_diag,
+    hessian_trace,
+)
+from curvax.curvature._losses import OutputLoss, convex_loss
+from curvax.curvature._probes import random_probe
+from curvax.curvature._products import hvp, linearized_hvp, value_grad_and_hvp
+
+__all__ = [
+    "DiagEstimate",
+    "OutputLoss",
+    "RefreshState",
+    "TraceEstimate",
+    "convex_loss",
+    "fisher_vp",
+    "ggn_vp",
+    "hessian_diag",
+    "hessian_trace",
+    "hvp",
+    "linearized_hvp",
+    "random_probe",
+    "value_grad_and_ggn_diag",
+    "value_grad_and_ggn_diag_from_outputs",
+    "value_grad_and_hessian_diag",
+    "value_grad_and_hessian_diag_from_state",
+    "value_grad_and_hvp",
+]

@@ -1,0 +1,107 @@
+"""The signed Hessian diagonal beside value and gradient, in one pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax._checks import check_choice, check_count
+from curvax.curvature._probes import Distribution, random_probe, times_probe
+from curvax.curvature._products import Mode, PyTree, value_grad_and_hvp, wide
+
+
+def value_grad_and_hessian_diag(
+    fun: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: Mode = "forward_over_reverse",
+) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+    r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
+
+    The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
+
+    $$
+    D = \frac{1}{S} \sum_{s=1}^{S} z_s \odot \nabla^2 f(\theta)\, z_s,
+    \qquad E[D] = \operatorname{diag} \nabla^2 f(\theta)
+    $$
+
+    One entry of a single Rademacher probe has variance $\sum_{j \ne i} H_{ij}^2$. So
+    the mean of $D^2$, which AdaHessian keeps, is
+    $H_{ii}^2 + \frac{1}{S} \sum_{j \ne i} H_{ij}^2$: more probes lower it, they do not
+    only make it less noisy, and a learning rate tuned at one $S$ does not transfer.
+
+    Args:
+      fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
+        ``(scalar, aux)`` with ``has_aux``.
+      has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
+      num_probes: the number of probes $S$. Several are vectorized: one forward and
+        backward pass, and ``num_probes`` times the tangents' time and memory.
+      distribution: ``"rademacher"`` or ``"normal"``.
+      mode: how the product is taken, see `curvax.value_grad_and_hvp`.
+
+    Returns:
+      A function ``(params, *args, key, **kwargs) -> (value, grads, diag)``. ``key`` is a
+      PRNG key; draw a new one at each call. ``diag`` has the shapes and dtypes of
+      ``params``; a complex leaf holds
+      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``,
+      ``value`` is the pair ``(value, aux)``.
+
+    Raises:
+      ValueError: on an option out of range, or a loss that is not a real scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> def loss(params, batch):
+      ...     return jnp.mean((batch @ params["w"]) ** 4)
+      >>> params, batch = {"w": jnp.ones(2)}, jnp.eye(2)
+      >>> one_pass = jax.jit(curvax.value_grad_and_hessian_diag(loss))
+      >>> value, grads, diag = one_pass(params, batch, key=jax.random.key(0))
+      >>> float(value), grads["w"], diag["w"]  # the Hessian is diagonal: D is exact
+      (1.0, Array([2., 2.], dtype=float32), Array([6., 6.], dtype=float32))
+
+    References:
+      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning](https://arxiv.org/abs/2006.00719), 2020, Eq. 9.
+    """
+    check_count("num_probes", num_probes)
+    check_choice("distribution", distribution, ("rademacher", "normal"))
+    one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
+
+    def value_grad_and_diag(
+        params: PyTree, *args: Any, key: jax.Array, **kwargs: Any
+    ) -> tuple[Any, PyTree, PyTree]:
+        def along(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
+            value, grads, product = one_pass(params, probe, *args, **kwargs)
+            return value, grads, times_probe(probe, product)
+
+        return mean_over_probes(along, key, params, num_probes, distribution)
+
+    return value_grad_and_diag
+
+
+def mean_over_probes(
+    along: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
+    key: jax.Array,
+    params: PyTree,
+    num_probes: int,
+    distribution: Distribution,
+) -> tuple[Any, PyTree, PyTree]:
+    """Value, gradient and the mean of the estimates of ``num_probes`` vectorized probes."""
+    probes = [
+        random_probe(jax.random.fold_in(key, index), params, distribution)
+        for index in range(num_probes)
+    ]
+    if num_probes == 1:
+        return along(probes[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *probes)
+    # Value and gradient do not depend on the probe, so vmap leaves them unbatched.
+    value, grads, samples = jax.vmap(along, out_axes=(None, None, 0))(stacked)
+    return value, grads, jax.tree.map(_mean, samples)
+
+
+def _mean(samples: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(samples.dtype, jnp.inexact):
+        return samples[0]
+    return jnp.mean(wide(samples), axis=0).astype(samples.dtype)

@@ -1,0 +1,95 @@
+"""Random probe trees: a key per leaf, and each leaf's dtype and sharding.
+
+A probe ``z`` has independent entries of mean zero and variance one, so that
+``E[z zᵀ] = I`` over the whole tree. That needs a key per leaf: two leaves of equal shape
+that share a key share a probe, and the product of their off-diagonal Hessian block is then
+counted as diagonal.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from curvax._checks import check_choice
+
+PyTree = Any
+Distribution = Literal["rademacher", "normal"]
+
+_SAMPLERS = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}
+
+
+def random_probe(
+    key: jax.Array, params: PyTree, distribution: Distribution = "rademacher"
+) -> PyTree:
+    r"""Draws a tree of independent random entries with mean zero and variance one.
+
+    Rademacher entries are $\pm 1$ with equal probability; they give the diagonal and
+    the trace with the least variance among such distributions. A complex leaf counts as two
+    real ones: its probe is $a + i b$ with independent $a, b$, each of variance
+    one.
+
+    Args:
+      key: a PRNG key, typed or raw. Every leaf draws from its own part of it.
+      params: a tree of arrays; only shapes, dtypes and shardings are read.
+      distribution: ``"rademacher"`` or ``"normal"``.
+
+    Returns:
+      A tree like ``params`` with the leaves' shapes, dtypes and, on a mesh with explicit
+      axes, shardings. The same key gives the same values on one device and on many.
+      Integer and bool leaves, which have no curvature, get zeros.
+
+    Raises:
+      ValueError: if ``distribution`` is neither of the two.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}
+      >>> probe = curvax.random_probe(jax.random.key(0), params)
+      >>> probe["bias"].dtype, bool(jnp.all(jnp.abs(probe["kernel"]) == 1))
+      (dtype(bfloat16), True)
+    """
+    check_choice("distribution", distribution, tuple(_SAMPLERS))
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        return params
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        _leaf_probe(leaf_key, leaf, distribution)
+        for leaf_key, leaf in zip(keys, leaves, strict=True)
+    )
+
+
+def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Array:
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jax.lax.complex(
+            *(_leaf_probe(half, jnp.real(leaf), distribution) for half in _halves(key))
+        )
+    # On explicit meshes a sampler's result is replicated unless told otherwise.
+    sampler = _SAMPLERS[distribution]
+    return sampler(key, shape, dtype, out_sharding=jax.typeof(leaf).sharding)
+
+
+def _halves(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    first, second = jax.random.split(key)
+    return first, second
+
+
+def times_probe(probe: PyTree, product: PyTree) -> PyTree:
+    r"""The signed estimate $z \odot Hz$ of a diagonal, leaf by leaf.
+
+    For a complex leaf the result holds the two real diagonals,
+    $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$: JAX's gradient is
+    $\partial_x - i\,\partial_y$, which makes them
+    $\Re z\,\Re h$ and $-\Im z\,\Im h$.
+    """
+
+    def leaf(z: jax.Array, h: jax.Array) -> jax.Array:
+        if not jnp.iscomplexobj(h):
+            return z * h
+        return jax.lax.complex(jnp.real(z) * jnp.real(h), -jnp.imag(z) * jnp.imag(h))
+
+    return jax.tree.map(leaf, probe, product)

@@ -1,0 +1,325 @@
+r"""Hessian-vector products: value, gradient and product of a loss in one pass.
+
+For a loss $f$ and a direction $t$, the product $H t$ is the derivative of
+the gradient along $t$, so one forward-mode derivative of ``value_and_grad`` yields
+
+$$
+f(\theta),\quad g = \nabla f(\theta),\quad H t = \partial_t \nabla f(\theta)
+$$
+
+with one forward and one backward pass and their tangents: nothing is evaluated twice, the
+same dropout key and batch statistics serve all three, and ``aux`` comes back once.
+
+Only ``params`` gets a tangent; a batch among the other arguments never does. Integer and
+bool leaves of ``params`` take no part: their gradients and products are zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax._checks import check_choice, check_like, checked_loss
+
+PyTree = Any
+Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
+Leaves = list[jax.Array]
+# (loss of leaves, leaves, tangents) -> value, aux, gradient leaves, product leaves
+OnePass = Callable[
+    [Callable[[Leaves], tuple[jax.Array, Any]], Leaves, Leaves],
+    tuple[jax.Array, Any, Leaves, Leaves],
+]
+
+
+class Differentiable(NamedTuple):
+    """The real and complex leaves of a tree, and the way back to the whole tree."""
+
+    treedef: Any
+    leaves: tuple[jax.Array, ...]
+    chosen: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, params: PyTree) -> "Differentiable":
+        flat, treedef = jax.tree.flatten(params)
+        leaves = tuple(jnp.asarray(leaf) for leaf in flat)
+        chosen = tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+        return cls(treedef, leaves, chosen)
+
+    def select(self, leaves: Any) -> Leaves:
+        """The entries of ``leaves``, one a leaf of the tree, that are differentiated."""
+        return [leaf for leaf, keep in zip(leaves, self.chosen, strict=True) if keep]
+
+    def params(self, selected: Leaves) -> PyTree:
+        """The tree with ``selected`` in place of the differentiated leaves."""
+        rest = iter(selected)
+        pairs = zip(self.leaves, self.chosen, strict=True)
+        return self.treedef.unflatten(next(rest) if keep else leaf for leaf, keep in pairs)
+
+    def tangent(self, selected: Leaves) -> PyTree:
+        """The tree with ``selected`` where differentiated and zeros elsewhere."""
+        rest = iter(selected)
+        pairs = zip(self.leaves, self.chosen, strict=True)
+        return self.treedef.unflatten(
+            next(rest) if keep else jnp.zeros_like(leaf) for leaf, keep in pairs
+        )
+
+
+def value_grad_and_hvp(
+    fun: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    mode: Mode = "forward_over_reverse",
+) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+    r"""Makes a function that returns a loss, its gradient and a Hessian-vector product.
+
+    $$
+    f(\theta),\quad \nabla f(\theta),\quad \nabla^2 f(\theta)\, t
+    $$
+
+    Args:
+      fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
+        ``(scalar, aux)`` with ``has_aux``.
+      has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
+      mode: how the product is taken.
+
+        * ``"forward_over_reverse"``: one ``jvp`` of ``value_and_grad``. The fastest and
+          the leanest.
+        * ``"reverse_over_reverse"``: a ``vjp`` of the gradient, for a loss with a kernel
+          that has no forward-mode rule (some fused attention). About twice the memory.
+        * ``"finite_differences"``: a central difference of two further gradients, for a
+          kernel whose backward pass cannot be differentiated at all. Its relative error is
+          about $\epsilon^{2/3}$: 2e-5 in float32, 4e-11 in float64, of no use in
+          bfloat16.
+
+    Returns:
+      A function ``(params, tangent, *args, **kwargs) -> (value, grads, hvp)``. ``tangent``
+      is a tree like ``params``; ``grads`` and ``hvp`` have the shapes and dtypes of
+      ``params``. With ``has_aux``, ``value`` is the pair ``(value, aux)``, as in
+      ``jax.value_and_grad``. Complex leaves follow JAX's convention for gradients, the
+      conjugate of the direction of steepest ascent.
+
+    Raises:
+      ValueError: on an unknown ``mode``, a tangent that does not match ``params``, or a
+        loss that is not a real scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> def loss(params, scale):
+      ...     return scale * params["a"] ** 2 * params["b"]
+      >>> params = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
+      >>> direction = {"a": jnp.array(1.0), "b": jnp.array(0.0)}
+      >>> value, grads, product = curvax.value_grad_and_hvp(loss)(params, direction, 1.0)
+      >>> float(value), float(grads["a"]), float(product["a"]), float(product["b"])
+      (12.0, 12.0, 6.0, 4.0)
+
+    References:
+      Pearlmutter, [Fast exact multiplication by the Hessian](https://doi.org/10.1162/neco.1994.6.1.147), 1994.
+    """
+    check_choice("mode", mode, tuple(_ONE_PASS))
+    one_pass = _ONE_PASS[mode]
+
+    def value_grad_and_product(
+        params: PyTree, tangent: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree, PyTree]:
+        check_like("tangent", tangent, params)
+        tree = Differentiable.of(params)
+        leaves = tree.select(tree.leaves)
+        tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
+        loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
+        value, aux, grads, product = one_pass(loss, leaves, tangents)
+        value = (value, aux) if has_aux else value
+        return value, tree.tangent(grads), tree.tangent(product)
+
+    return value_grad_and_product
+
+
+def hvp(
+    fun: Callable[..., Any],
+    params: PyTree,
+    tangent: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    mode: Mode = "forward_over_reverse",
+    **kwargs: Any,
+) -> PyTree:
+    r"""The product of a loss's Hessian with a vector, $\nabla^2 f(\theta)\, t$.
+
+    Args:
+      fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
+        ``(scalar, aux)`` with ``has_aux``.
+      params: a tree of arrays, the point at which the Hessian is taken.
+      tangent: a tree like ``params``, the vector.
+      *args: further arguments of ``fun``; none of them gets a tangent.
+      has_aux: whether ``fun`` returns auxiliary data, which is dropped.
+      mode: see `curvax.value_grad_and_hvp`.
+      **kwargs: keyword arguments of ``fun``.
+
+    Returns:
+      A tree with the shapes and dtypes of ``params``.
+
+    Raises:
+      ValueError: as `curvax.value_grad_and_hvp` does.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+      >>> curvax.hvp(lambda x: x @ matrix @ x / 2, jnp.ones(2), jnp.array([1.0, 0.0]))
+      Array([2., 1.], dtype=float32)
+    """
+    one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
+    return one_pass(params, tangent, *args, **kwargs)[2]
+
+
+def linearized_hvp(
+    fun: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    mode: Mode = "forward_over_reverse",
+    **kwargs: Any,
+) -> Callable[[PyTree], PyTree]:
+    r"""Takes the gradient's linearization once, for many products at one point.
+
+    The function returned evaluates $t \mapsto \nabla^2 f(\theta)\, t$ from the stored
+    intermediate values of one forward and one backward pass (``"finite_differences"`` has
+    nothing to store and takes two gradients a product).
+
+    Args:
+      fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
+        ``(scalar, aux)`` with ``has_aux``.
+      params: a tree of arrays, the point at which the Hessian is taken.
+      *args: further arguments of ``fun``.
+      has_aux: whether ``fun`` returns auxiliary data, which is dropped.
+      mode: see `curvax.value_grad_and_hvp`.
+      **kwargs: keyword arguments of ``fun``.
+
+    Returns:
+      A linear function from a tree like ``params`` to a tree like ``params``.
+
+    Raises:
+      ValueError: as `curvax.value_grad_and_hvp` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> product = curvax.linearized_hvp(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
+      >>> jax.vmap(product)(jnp.eye(2))
+      Array([[ 6.,  0.],
+             [ 0., 12.]], dtype=float32)
+    """
+    check_choice("mode", mode, tuple(_ONE_PASS))
+    tree = Differentiable.of(params)
+    loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
+    leaves = tree.select(tree.leaves)
+
+    def gradient(point: Leaves) -> Leaves:
+        return jax.grad(loss, has_aux=True)(point)[0]
+
+    if mode == "forward_over_reverse":
+        pushforward = jax.linearize(gradient, leaves)[1]
+    elif mode == "reverse_over_reverse":
+        pullback = jax.vjp(gradient, leaves)[1]
+
+    def product(tangent: PyTree) -> PyTree:
+        check_like("tangent", tangent, params)
+        tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
+        if mode == "forward_over_reverse":
+            return tree.tangent(pushforward(tangents))
+        if mode == "reverse_over_reverse":
+            return tree.tangent(pullback(tangents)[0])
+        return tree.tangent(_finite_differences(loss, leaves, tangents)[3])
+
+    return product
+
+
+def cast_like(tangents: Leaves, leaves: Leaves) -> Leaves:
+    """Each tangent in its leaf's dtype, which is what ``jvp`` asks for."""
+    pairs = zip(tangents, leaves, strict=True)
+    return [jnp.asarray(tangent, leaf.dtype) for tangent, leaf in pairs]
+
+
+def loss_of_leaves(
+    fun: Callable[..., Any],
+    tree: Differentiable,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+) -> Callable[[Leaves], tuple[jax.Array, Any]]:
+    """The checked loss and aux as a function of the differentiated leaves alone."""
+    loss = checked_loss(fun, has_aux)
+    return lambda leaves: loss(tree.params(leaves), *args, **kwargs)
+
+
+def _forward_over_reverse(
+    loss: Callable[[Leaves], tuple[jax.Array, Any]], leaves: Leaves, tangents: Leaves
+) -> tuple[jax.Array, Any, Leaves, Leaves]:
+    def value_and_grad(point: Leaves) -> tuple[tuple[jax.Array, Leaves], Any]:
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(point)
+        return (value, grads), aux
+
+    (value, grads), (_, product), aux = jax.jvp(
+        value_and_grad, (leaves,), (tangents,), has_aux=True
+    )
+    return value, aux, grads, product
+
+
+def _reverse_over_reverse(
+    loss: Callable[[Leaves], tuple[jax.Array, Any]], leaves: Leaves, tangents: Leaves
+) -> tuple[jax.Array, Any, Leaves, Leaves]:
+    def gradient(point: Leaves) -> tuple[Leaves, tuple[jax.Array, Any]]:
+        value_and_aux, grads = jax.value_and_grad(loss, has_aux=True)(point)
+        return grads, value_and_aux
+
+    grads, pullback, (value, aux) = jax.vjp(gradient, leaves, has_aux=True)
+    (product,) = pullback(tangents)  # the Hessian is symmetric
+    return value, aux, grads, product
+
+
+def _finite_differences(
+    loss: Callable[[Leaves], tuple[jax.Array, Any]], leaves: Leaves, tangents: Leaves
+) -> tuple[jax.Array, Any, Leaves, Leaves]:
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (value, aux), grads = value_and_grad(leaves)
+    step = _difference_step(leaves, tangents)
+
+    def gradient_at(sign: int) -> Leaves:
+        return value_and_grad(
+            [
+                (leaf + sign * step * tangent).astype(leaf.dtype)
+                for leaf, tangent in zip(leaves, tangents, strict=True)
+            ]
+        )[1]
+
+    product = [
+        ((plus - minus) / (2 * step)).astype(plus.dtype)
+        for plus, minus in zip(gradient_at(1), gradient_at(-1), strict=True)
+    ]
+    return value, aux, grads, product
+
+
+def _difference_step(leaves: Leaves, tangents: Leaves) -> jax.Array:
+    """The step at which truncation and rounding balance: cbrt(eps) of the params' size."""
+    if not leaves:
+        return jnp.ones(())
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    size, length = _norm(leaves), _norm(tangents)
+    ratio = jnp.where(size > 0, size, 1.0) / jnp.where(length > 0, length, 1.0)
+    return eps ** (1 / 3) * ratio
+
+
+def _norm(leaves: Leaves) -> jax.Array:
+    squares = (jnp.sum(jnp.square(jnp.abs(wide(leaf)))) for leaf in leaves)
+    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def wide(leaf: jax.Array) -> jax.Array:
+    """The leaf in float32 or wider, for sums and squares."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+_ONE_PASS: dict[str, OnePass] = {
+    "forward_over_reverse": _forward_over_reverse,
+    "reverse_over_reverse": _reverse_over_reverse,
+    "finite_differences": _finite_differences,
+}

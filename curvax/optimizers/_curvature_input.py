@@ -1,0 +1,152 @@
+"""How a diagonal reaches an optimizer: handed over as a tree, or computed from a function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax._checks import is_traced, path_name
+from curvax.curvature._diagonal import value_grad_and_hessian_diag
+from curvax.curvature._probes import Distribution, random_probe, times_probe
+from curvax.curvature._products import linearized_hvp, wide
+
+PyTree = Any
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def leaves_of_updates(hessian_diag: PyTree, updates: PyTree) -> PyTree:
+    """The part of ``hessian_diag`` that belongs to ``updates``.
+
+    Under ``optax.masked`` and ``optax.partition`` the updates have holes, while an extra
+    argument arrives whole: its leaves at the holes are left out. Anything else that differs
+    is an error.
+    """
+    given = dict(jax.tree_util.tree_leaves_with_path(hessian_diag))
+    given = {_names(path): leaf for path, leaf in given.items()}
+    entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hole)
+    holes = [_names(path) for path, node in entries if _is_hole(node)]
+    leaves = [
+        node if _is_hole(node) else _matching(given.pop(_names(path), None), path, node)
+        for path, node in entries
+    ]
+    for names in given:
+        if not any(names[: len(hole)] == hole for hole in holes):
+            raise ValueError(
+                f"hessian_diag must match the gradients: it has a leaf at {'/'.join(names)}, "
+                "where the gradients have none."
+            )
+    return treedef.unflatten(leaves)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(path_name((key,)) for key in path)
+
+
+def _matching(leaf: Any, path: tuple[Any, ...], update: jax.Array) -> Any:
+    found = "no leaf" if leaf is None else f"a leaf of shape {jnp.shape(leaf)}"
+    if leaf is None or jnp.shape(leaf) != jnp.shape(update):
+        raise ValueError(
+            f"hessian_diag must match the gradients: at {path_name(path)} it has {found}, the "
+            f"gradient has shape {jnp.shape(update)}."
+        )
+    return leaf
+
+
+def curvature_of_function(
+    fun: Callable[[PyTree], jax.Array] | None,
+    params: PyTree | None,
+    key: jax.Array,
+    *,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    due: jax.Array | None = None,
+) -> PyTree:
+    """The estimate of the Hessian's diagonal of ``fun`` at ``params``; zeros if not ``due``."""
+    if fun is None:
+        raise ValueError(
+            "no curvature was given. Add obj_fn to the call: "
+            "tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)), or pass "
+            "hessian_diag= from curvax.value_grad_and_hessian_diag(loss_fn)."
+        )
+    if params is None:
+        raise ValueError(
+            "obj_fn is evaluated at params: pass tx.update(grads, state, params, ...)."
+        )
+
+    def estimate() -> PyTree:
+        if is_traced(num_probes):
+            return _mean_of_traced_number(fun, params, key, num_probes, distribution)
+        one_pass = value_grad_and_hessian_diag(
+            fun, num_probes=num_probes, distribution=distribution
+        )
+        return one_pass(params, key=key)[2]
+
+    try:
+        if due is None:
+            return estimate()
+        return jax.lax.cond(due, estimate, lambda: jax.tree.map(jnp.zeros_like, params))
+    except Exception as error:
+        if not any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
+            raise
+        raise ValueError(
+            "obj_fn failed on params with holes, as optax.masked and optax.partition hand them "
+            "on. Fill them inside obj_fn, lambda p: loss_fn(curvax.merge_masked(params, p), "
+            "batch), or pass hessian_diag= computed outside."
+        ) from error
+
+
+def _mean_of_traced_number(
+    fun: Callable[[PyTree], jax.Array],
+    params: PyTree,
+    key: jax.Array,
+    num_probes: jax.Array,
+    distribution: Distribution,
+) -> PyTree:
+    """The mean over a number of probes that is an array, as ``inject_hyperparams`` makes it."""
+    product = linearized_hvp(fun, params)
+
+    def add(index: jax.Array, total: PyTree) -> PyTree:
+        probe = random_probe(jax.random.fold_in(key, index), params, distribution)
+        sample = times_probe(probe, product(probe))
+        return jax.tree.map(lambda t, s: t + wide(s), total, sample)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+    total = jax.lax.fori_loop(0, num_probes, add, zeros)
+    return jax.tree.map(lambda t, p: (t / num_probes).astype(p.dtype), total, params)
+
+
+def merge_masked(params: PyTree, masked: PyTree) -> PyTree:
+    """Fills the holes of a masked tree from the full one.
+
+    ``optax.masked`` and ``optax.partition`` hand an inner transformation parameters with
+    ``optax.MaskedNode`` in place of what it must not see. A loss needs all of them: the
+    holes are filled with constants, and curvature is taken in the others.
+
+    Args:
+      params: the full tree.
+      masked: the tree with holes.
+
+    Returns:
+      The tree with no holes.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, curvax
+      >>> params = {"kernel": jnp.ones(2), "bias": jnp.array(1.0)}
+      >>> def loss(p):
+      ...     return jnp.sum(p["kernel"] ** 2) * p["bias"]
+      >>> tx = optax.masked(curvax.adahessian(0.1), {"kernel": True, "bias": False})
+      >>> updates, _ = tx.update(
+      ...     params, tx.init(params), params,
+      ...     obj_fn=lambda p: loss(curvax.merge_masked(params, p)),
+      ... )
+      >>> updates["kernel"]
+      Array([-0.049997, -0.049997], dtype=float32)
+    """
+    return jax.tree.map(
+        lambda part, full: full if _is_hole(part) else part, masked, params, is_leaf=_is_hole
+    )
