@@ -63,7 +63,8 @@ def value_grad_and_hessian_diag(
       (1.0, Array([2., 2.], dtype=float32), Array([6., 6.], dtype=float32))
 
     References:
-      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning](https://arxiv.org/abs/2006.00719), 2020, Eq. 9.
+      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
+      Learning](https://arxiv.org/abs/2006.00719), 2020, Eq. 9.
     """
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))

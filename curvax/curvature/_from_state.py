@@ -16,9 +16,17 @@ from curvax.curvature._products import Differentiable, Mode, PyTree, loss_of_lea
 class RefreshState(Protocol):
     """What an optimizer's state must hold to say when curvature is due, and its key."""
 
-    count: jax.Array  # int32 scalar, the steps taken
-    interval: jax.Array  # int32 scalar, the steps from one refresh to the next
-    key: jax.Array  # PRNG key; step t uses fold_in(key, t)
+    @property
+    def count(self) -> jax.Array:
+        """The steps taken, an int32 scalar."""
+
+    @property
+    def interval(self) -> jax.Array:
+        """The steps from one refresh to the next, an int32 scalar."""
+
+    @property
+    def key(self) -> jax.Array:
+        """PRNG key; step ``t`` draws its probes from ``fold_in(key, t)``."""
 
 
 def is_due(state: RefreshState) -> jax.Array:

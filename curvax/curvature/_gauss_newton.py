@@ -120,7 +120,8 @@ def ggn_vp(
              [6.]], dtype=float32)
 
     References:
-      Schraudolph, [Fast curvature matrix-vector products for second-order gradient descent](https://doi.org/10.1162/08997660260028683), 2002.
+      Schraudolph, [Fast curvature matrix-vector products for second-order gradient
+      descent](https://doi.org/10.1162/08997660260028683), 2002.
     """
     return _outer_product_vp(
         network, loss, params, tangent, inputs, targets, kwargs, has_aux, BatchLoss.hessian_vp
@@ -184,7 +185,8 @@ def fisher_vp(
       (2, 3)
 
     References:
-      Martens, [New insights and perspectives on the natural gradient method](https://arxiv.org/abs/1412.1193), 2014, Sections 8 and 9. Kunstner et al.,
+      Martens, [New insights and perspectives on the natural gradient
+      method](https://arxiv.org/abs/1412.1193), 2014, Sections 8 and 9. Kunstner et al.,
       [Limitations of the empirical Fisher approximation](https://arxiv.org/abs/1905.12558),
       2019.
     """
@@ -341,9 +343,10 @@ def value_grad_and_ggn_diag_from_outputs(
       (0.5, Array([0.49999997, 0.49999997], dtype=float32))
 
     References:
-      Martens, Sutskever and Swersky, [Estimating the Hessian by back-propagating curvature](https://arxiv.org/abs/1206.6464), 2012, for the general form; the Gauss-Newton case
-      is that of Liu et al., [Sophia](https://arxiv.org/abs/2305.14342), 2023, Algorithm 2,
-      with the factor $B$ in place of sampled labels.
+      Martens, Sutskever and Swersky, [Estimating the Hessian by back-propagating
+      curvature](https://arxiv.org/abs/1206.6464), 2012, for the general form; the
+      Gauss-Newton case is that of Liu et al., [Sophia](https://arxiv.org/abs/2305.14342),
+      2023, Algorithm 2, with the factor $B$ in place of sampled labels.
     """
     check_count("num_probes", num_probes)
 

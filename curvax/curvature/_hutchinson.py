@@ -64,7 +64,7 @@ class TraceEstimate(NamedTuple):
 class _Moments(NamedTuple):
     """Running mean and sum of squared deviations over samples (Chan et al., 1979)."""
 
-    count: jax.Array
+    num_samples: jax.Array
     mean: PyTree
     deviations: PyTree
 
@@ -77,7 +77,7 @@ class _Moments(NamedTuple):
         """The moments with a batch of samples, along the leaves' first axes, added."""
         size = jax.tree.leaves(samples)[0].shape[0]
         mean = jax.tree.map(lambda s: jnp.mean(s, axis=0), samples)
-        total = self.count + size
+        total = self.num_samples + size
 
         def joint_mean(old: jax.Array, new: jax.Array) -> jax.Array:
             return old + (new - old) * (size / total).astype(old.dtype)
@@ -85,7 +85,9 @@ class _Moments(NamedTuple):
         def joint_deviations(
             old: jax.Array, old_mean: jax.Array, new: jax.Array, batch: jax.Array
         ) -> jax.Array:
-            between = jnp.square(new - old_mean) * (self.count * size / total).astype(old.dtype)
+            between = jnp.square(new - old_mean) * (self.num_samples * size / total).astype(
+                old.dtype
+            )
             return old + jnp.sum(jnp.square(batch - new), axis=0) + between
 
         return _Moments(
@@ -95,7 +97,7 @@ class _Moments(NamedTuple):
         )
 
     def standard_error(self) -> PyTree:
-        divisor = self.count * (self.count - 1)
+        divisor = self.num_samples * (self.num_samples - 1)
         return jax.tree.map(lambda d: jnp.sqrt(d / divisor.astype(d.dtype)), self.deviations)
 
 
@@ -162,7 +164,8 @@ def hessian_diag(
       True
 
     References:
-      Bekas et al., [An estimator for the diagonal of a matrix](https://doi.org/10.1016/j.apnum.2007.01.003), 2007.
+      Bekas et al., [An estimator for the diagonal of a
+      matrix](https://doi.org/10.1016/j.apnum.2007.01.003), 2007.
     """
     product = linearized_hvp(fun, params, *args, has_aux=has_aux, mode=mode, **kwargs)
     if _is_exact(method):
@@ -234,7 +237,8 @@ def hessian_trace(
       (4.0, 4.0, 0.0)
 
     References:
-      Hutchinson, [A stochastic estimator of the trace of the influence matrix](https://doi.org/10.1080/03610918908812806), 1989.
+      Hutchinson, [A stochastic estimator of the trace of the influence
+      matrix](https://doi.org/10.1080/03610918908812806), 1989.
     """
     product = linearized_hvp(fun, params, *args, has_aux=has_aux, mode=mode, **kwargs)
     if _is_exact(method):

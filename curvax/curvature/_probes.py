@@ -54,10 +54,11 @@ def random_probe(
     if not leaves:
         return params
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(
+    probes = [
         _leaf_probe(leaf_key, leaf, distribution)
         for leaf_key, leaf in zip(keys, leaves, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(treedef, probes)
 
 
 def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Array:

@@ -114,7 +114,8 @@ def value_grad_and_hvp(
       (12.0, 12.0, 6.0, 4.0)
 
     References:
-      Pearlmutter, [Fast exact multiplication by the Hessian](https://doi.org/10.1162/neco.1994.6.1.147), 1994.
+      Pearlmutter, [Fast exact multiplication by the
+      Hessian](https://doi.org/10.1162/neco.1994.6.1.147), 1994.
     """
     check_choice("mode", mode, tuple(_ONE_PASS))
     one_pass = _ONE_PASS[mode]
@@ -128,8 +129,11 @@ def value_grad_and_hvp(
         tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
         loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
         value, aux, grads, product = one_pass(loss, leaves, tangents)
-        value = (value, aux) if has_aux else value
-        return value, tree.tangent(grads), tree.tangent(product)
+        return (
+            (value, aux) if has_aux else value,
+            tree.tangent(grads),
+            tree.tangent(product),
+        )
 
     return value_grad_and_product
 

@@ -71,7 +71,7 @@ def accumulate_hessian_diag(every_k: int) -> optax.GradientTransformationExtraAr
       ...     diag, diag_state = mean_diag.update(diag, diag_state)
       ...     updates, state = tx.update(grads, state, params, hessian_diag=diag)
       >>> updates
-      Array([0.49995002, 0.16666482], dtype=float32)
+      Array([0.499950, 0.166665], dtype=float32)
     """
     check_count("every_k", every_k)
 

@@ -54,7 +54,7 @@ class ScaleByAdaHessianState(NamedTuple):
       nu_weight: scalar, the same average of ones: the bias correction of ``nu``.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax
     interval: jax.Array
     key: jax.Array
     mu: optax.Updates
@@ -114,7 +114,8 @@ def scale_by_adahessian(
       Array([-0.099997, -0.199990], dtype=float32)
 
     References:
-      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning](https://arxiv.org/abs/2006.00719), 2020, Algorithm 1.
+      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
+      Learning](https://arxiv.org/abs/2006.00719), 2020, Algorithm 1.
     """
     check_range("b1", b1, low=0, high=1, open_high=True)
     check_range("b2", b2, low=0, high=1, open_high=True)
@@ -154,9 +155,9 @@ def scale_by_adahessian(
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         del extra_args
         check_refresh(refresh)
-        due = is_due(state) if refresh is None else jnp.asarray(refresh)
         nu, weight = state.nu, state.nu_weight
         if refresh is not False:
+            due = is_due(state) if refresh is None else jnp.asarray(True)
             if hessian_diag is not None:
                 diag = leaves_of_updates(hessian_diag, updates)
             else:
@@ -168,16 +169,16 @@ def scale_by_adahessian(
                     distribution=distribution,
                     due=None if refresh or _always(update_interval) else due,
                 )
-            nu, weight = _fold_in(state, diag, due, b2, update_interval, averaging)
+            squares = _squared_curvature(averaging, diag, nu)
+            nu, weight = _fold_in(squares, nu, weight, due, b2, update_interval)
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: _average(g, m, b1), updates, state.mu)
-        correction = 1 - jnp.asarray(b1, weight.dtype) ** count
-        scaled = jax.tree.map(
-            lambda g, m, v: _step(g, m, v, correction, weight, eps, hessian_power, clip_threshold),
-            updates,
-            mu,
-            nu,
-        )
+        mu_weight = 1 - jnp.asarray(b1, weight.dtype) ** count
+
+        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+            return _step(m, v, mu_weight, weight, eps, hessian_power, clip_threshold)
+
+        scaled = jax.tree.map(step, mu, nu)
         new_state = ScaleByAdaHessianState(
             count=count,
             interval=jnp.asarray(update_interval, jnp.int32),
@@ -292,7 +293,8 @@ def adahessian(
       True
 
     References:
-      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning](https://arxiv.org/abs/2006.00719), 2020, Algorithm 1.
+      Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
+      Learning](https://arxiv.org/abs/2006.00719), 2020, Algorithm 1.
     """
     return optax.chain(
         scale_by_adahessian(
@@ -313,27 +315,31 @@ def adahessian(
     )
 
 
+def _squared_curvature(averaging: str | Rule, diag: PyTree, nu: PyTree) -> PyTree:
+    """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
+    diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
+    return jax.tree.map(jnp.square, average_curvature(averaging, diag))
+
+
 def _fold_in(
-    state: ScaleByAdaHessianState,
-    diag: PyTree,
+    squares: PyTree,
+    nu: PyTree,
+    weight: jax.Array,
     due: jax.Array,
     b2: Scalar,
     interval: Scalar,
-    averaging: str | Rule,
 ) -> tuple[PyTree, jax.Array]:
     """``nu`` and its weight after a refresh, or as they were if not due or not finite."""
-    diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, state.nu)
-    squares = jax.tree.map(jnp.square, average_curvature(averaging, diag))
     # Judged on the squares, which overflow first.
     finite = [jnp.all(jnp.isfinite(square)) for square in jax.tree.leaves(squares)]
     accept = jnp.all(jnp.stack([due, *finite]))
-    decay = jnp.asarray(b2, state.nu_weight.dtype) ** interval
+    decay = jnp.asarray(b2, weight.dtype) ** interval
 
     def fold(old: jax.Array, new: jax.Array | float) -> jax.Array:
         kept = decay.astype(old.dtype)
         return jnp.where(accept, kept * old + (1 - kept) * new, old)
 
-    return jax.tree.map(fold, state.nu, squares), fold(state.nu_weight, 1.0)
+    return jax.tree.map(fold, nu, squares), fold(weight, 1.0)
 
 
 def _average(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
@@ -341,29 +347,30 @@ def _average(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
     if not jnp.issubdtype(mean.dtype, jnp.inexact):
         return mean
     dtype = jnp.promote_types(_wide_dtype(gradient), mean.dtype)
-    return b1 * mean.astype(dtype) + (1 - b1) * gradient.astype(dtype)
+    decay = jnp.asarray(b1, dtype)
+    return decay * mean.astype(dtype) + (1 - decay) * gradient.astype(dtype)
 
 
 def _step(
-    gradient: jax.Array,
     mean: jax.Array,
     square: jax.Array,
-    correction: jax.Array,
-    weight: jax.Array,
+    mean_weight: jax.Array,
+    square_weight: jax.Array,
     eps: Scalar,
     hessian_power: Scalar,
     clip_threshold: Scalar | None,
 ) -> jax.Array:
     """The update of Algorithm 1, in float32 or wider; zero while there is no curvature."""
-    del gradient
     if not jnp.issubdtype(mean.dtype, jnp.inexact):
         return jnp.zeros_like(mean)
-    corrected = square / jnp.where(weight > 0, weight, 1).astype(square.dtype)
+    known = square_weight > 0
+    corrected = square / jnp.where(known, square_weight, 1).astype(square.dtype)
     denominator = _power(jnp.sqrt(corrected), hessian_power) + eps
-    step = mean / correction.astype(mean.dtype) / denominator
+    step = mean / mean_weight.astype(mean.dtype) / denominator
     if clip_threshold is not None:
-        step = jnp.clip(step, -clip_threshold, clip_threshold)
-    return jnp.where(weight > 0, step, 0)
+        bound = jnp.asarray(clip_threshold, step.dtype)
+        step = jnp.clip(step, -bound, bound)
+    return jnp.where(known, step, 0)
 
 
 def _power(curvature: jax.Array, exponent: Scalar) -> jax.Array:

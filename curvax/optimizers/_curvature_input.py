@@ -40,7 +40,7 @@ def leaves_of_updates(hessian_diag: PyTree, updates: PyTree) -> PyTree:
                 f"hessian_diag must match the gradients: it has a leaf at {'/'.join(names)}, "
                 "where the gradients have none."
             )
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def curvature_of_function(
     params: PyTree | None,
     key: jax.Array,
     *,
-    num_probes: int = 1,
+    num_probes: int | jax.Array = 1,
     distribution: Distribution = "rademacher",
     due: jax.Array | None = None,
 ) -> PyTree:
@@ -82,7 +82,7 @@ def curvature_of_function(
         if is_traced(num_probes):
             return _mean_of_traced_number(fun, params, key, num_probes, distribution)
         one_pass = value_grad_and_hessian_diag(
-            fun, num_probes=num_probes, distribution=distribution
+            fun, num_probes=int(num_probes), distribution=distribution
         )
         return one_pass(params, key=key)[2]
 
@@ -104,7 +104,7 @@ def _mean_of_traced_number(
     fun: Callable[[PyTree], jax.Array],
     params: PyTree,
     key: jax.Array,
-    num_probes: jax.Array,
+    num_probes: int | jax.Array,
     distribution: Distribution,
 ) -> PyTree:
     """The mean over a number of probes that is an array, as ``inject_hyperparams`` makes it."""

@@ -39,7 +39,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
       >>> shardings = curvax.state_shardings(tx, params)
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> state[0].nu["w"].sharding.spec
-      PartitionSpec('model',)
+      P('model',)
     """
     leaves = jax.tree.leaves(params)
     if not leaves or any(getattr(leaf, "sharding", None) is None for leaf in leaves):
@@ -54,7 +54,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         _like_its_parameter,
         state,
         params,
-        transform_non_params=lambda leaf: replicated,
+        transform_non_params=lambda _: replicated,
     )
 
 
