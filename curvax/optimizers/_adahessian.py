@@ -110,8 +110,8 @@ def scale_by_adahessian(
       >>> def loss(x):
       ...     return 2 * x[0] ** 2 + x[1] ** 2
       >>> updates, state = tx.update(jnp.array([4.0, 4.0]), state, params, obj_fn=loss)
-      >>> updates  # a tenth of Newton's step
-      Array([-0.099997, -0.199990], dtype=float32)
+      >>> print(updates.round(2))  # a tenth of Newton's step
+      [-0.1 -0.2]
 
     References:
       Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine

@@ -11,7 +11,9 @@ import pytest
 import curvax
 
 FILES = ("adahessian_image_k1.npz", "adahessian_image_k05.npz")
-NAMES = tuple(f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weight", "bias"))
+NAMES = tuple(
+    f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weight", "bias")
+)
 
 
 @pytest.fixture(params=FILES)

@@ -1,0 +1,47 @@
+# Each target sets up what it needs in .venv; only Python >= 3.11, make and pip are assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench docs notebooks format check clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.dev
+	$(BIN)/jupyter execute notebooks/*.ipynb
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .venv-oldest .venv-wheel build dist site
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp .venv/.NAME says that the extras of NAME are installed.
+$(VENV)/.examples: EXTRAS := examples
+$(VENV)/.test: EXTRAS := examples,test
+$(VENV)/.benchmarks: EXTRAS := benchmarks
+$(VENV)/.dev: EXTRAS := dev
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@

@@ -1,0 +1,1 @@
+"""What Optax asks of any optimizer, asked of every optimizer of curvax."""

@@ -1,0 +1,97 @@
+"""The table of optimizers under contract: a new one joins as one row of `ROWS`."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import pytest
+
+import curvax
+
+
+class Trial(NamedTuple):
+    """How a row is tried on a target: the number of steps, and options in place of its own."""
+
+    steps: int
+    options: Mapping[str, Any]
+
+
+def trials(quadratic: Trial, rosenbrock: Trial) -> Mapping[str, Trial]:
+    names = ("parabola", "matrix_parabola", "mixed_tree")
+    return MappingProxyType(dict.fromkeys(names, quadratic) | {"rosenbrock": rosenbrock})
+
+
+NEWTON_LIKE = trials(
+    quadratic=Trial(200, {"learning_rate": 0.5}),
+    rosenbrock=Trial(1000, {"learning_rate": 0.15, "hessian_power": 0.5}),
+)
+
+
+class Row(NamedTuple):
+    """An optimizer, and what the tests must know of it.
+
+    Attributes:
+      name: what the tests are called by.
+      factory: makes the optimizer from ``options``.
+      options: keyword arguments of ``factory``.
+      trials: the settings of the convergence tests, by the target's name.
+      static_args: the options that ``optax.inject_hyperparams`` must not trace.
+      takes_curvature: whether ``update`` needs ``hessian_diag`` or ``obj_fn``.
+      variant: whether it differs from another row in formulas only, so that the tests of
+        wrappers can leave it out.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    options: Mapping[str, Any]
+    trials: Mapping[str, Trial] = NEWTON_LIKE
+    static_args: tuple[str, ...] = ()
+    takes_curvature: bool = True
+    variant: bool = False
+
+    def make(self, **options: Any) -> optax.GradientTransformation:
+        return self.factory(**{**self.options, **options})
+
+    def from_function(self, loss: Callable[[Any], jax.Array]) -> dict[str, Any]:
+        """The extra arguments that feed it from a loss ``params -> scalar``."""
+        return {"obj_fn": loss} if self.takes_curvature else {}
+
+    def from_diag(self, diag: Any) -> dict[str, Any]:
+        """The extra arguments that feed it from a diagonal."""
+        return {"hessian_diag": diag} if self.takes_curvature else {}
+
+
+def adahessian(name: str, *, variant: bool = True, **options: Any) -> Row:
+    return Row(name, curvax.adahessian, {"learning_rate": 0.1, **options}, variant=variant)
+
+
+# The decay moves the minimum, along Rosenbrock's valley most.
+WEAK_DECAY = trials(
+    NEWTON_LIKE["parabola"],
+    Trial(1000, {"learning_rate": 0.15, "hessian_power": 0.5, "weight_decay": 1e-6}),
+)
+# A control: what the tests ask, Optax's own optimizers give.
+ADAM = trials(Trial(300, {"learning_rate": 0.3}), Trial(2000, {"learning_rate": 0.05}))
+
+ROWS = (
+    adahessian("adahessian", variant=False),
+    adahessian("adahessian-power-0.5", hessian_power=0.5),
+    adahessian("adahessian-interval-5", update_interval=5, variant=False),
+    adahessian("adahessian-clip", clip_threshold=1.0),
+    adahessian("adahessian-row", averaging="row"),
+    adahessian("adahessian-block", averaging="block"),
+    adahessian("adahessian-none-2-probes", averaging="none", num_probes=2),
+    adahessian("adahessian-paper", averaging="paper"),
+    adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
+    Row("adam", optax.adam, {"learning_rate": 0.1}, ADAM, takes_curvature=False),
+)
+
+
+def parametrized(rows: tuple[Row, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", rows, ids=[row.name for row in rows])
+
+
+every_row = parametrized(ROWS)
+every_kind = parametrized(tuple(row for row in ROWS if not row.variant))
