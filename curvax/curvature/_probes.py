@@ -16,7 +16,14 @@ from curvax._checks import check_choice
 PyTree = Any
 Distribution = Literal["rademacher", "normal"]
 
-_SAMPLERS = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}
+
+def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
+    """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
+    bits = jax.random.bits(key, shape, jnp.uint8, out_sharding=out_sharding)
+    return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
+
+
+_SAMPLERS = {"rademacher": _signs, "normal": jax.random.normal}
 
 
 def random_probe(

@@ -78,11 +78,11 @@ ADAM = trials(Trial(300, {"learning_rate": 0.3}), Trial(2000, {"learning_rate": 
 ROWS = (
     adahessian("adahessian", variant=False),
     adahessian("adahessian-power-0.5", hessian_power=0.5),
-    adahessian("adahessian-interval-5", update_interval=5, variant=False),
+    adahessian("adahessian-interval-5-probes-2", update_interval=5, num_probes=2, variant=False),
     adahessian("adahessian-clip", clip_threshold=1.0),
     adahessian("adahessian-row", averaging="row"),
     adahessian("adahessian-block", averaging="block"),
-    adahessian("adahessian-none-2-probes", averaging="none", num_probes=2),
+    adahessian("adahessian-none", averaging="none"),
     adahessian("adahessian-paper", averaging="paper"),
     adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
     Row("adam", optax.adam, {"learning_rate": 0.1}, ADAM, takes_curvature=False),

@@ -57,23 +57,22 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def network_params(dtype: Any = jnp.float32) -> PyTree:
-    """A convolution kernel, a dense kernel with its bias, and a scalar."""
-    shapes = {
-        "conv": {"kernel": (2, 2, 2, 3)},
-        "dense": {"bias": (3,), "kernel": (4, 3)},
-        "scale": (),
-    }
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [jax.random.normal(key, shape) for key, shape in zip(keys, leaves, strict=True)]
-    return treedef.unflatten([leaf.astype(dtype) for leaf in drawn])
+def small_params(dtype: Any = jnp.float32) -> PyTree:
+    """A dense layer: the smallest tree with two ranks."""
+    kernel = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
+    return {"bias": jnp.array([0.25, -0.5], dtype), "kernel": kernel.astype(dtype)}
+
+
+def network_params() -> PyTree:
+    """A convolution kernel, a dense layer, and a scalar."""
+    kernel = jnp.linspace(-0.9, 1.1, 24).reshape(2, 2, 2, 3)
+    return {"conv": {"kernel": kernel}, "dense": small_params(), "scale": jnp.array(0.75)}
 
 
 def coupled_loss(params: PyTree, shift: jax.Array | float = 0.0) -> jax.Array:
     """A loss whose Hessian couples every pair of entries, for any tree of real leaves."""
-    waves = [
-        jnp.sum(jnp.sin(leaf + index + shift)) for index, leaf in enumerate(jax.tree.leaves(params))
-    ]
-    bowls = [jnp.sum(jnp.cosh(leaf / 2)) for leaf in jax.tree.leaves(params)]
-    return sum(waves) ** 2 / 10 + sum(bowls)
+    leaves = jax.tree.leaves(params)
+    total = sum(jnp.sum(leaf) for leaf in leaves)
+    squares = [(leaf - shift) ** 2 for leaf in leaves]
+    # The coupling is weak enough that no probe cancels the diagonal.
+    return (total - 1.0) ** 2 / 32 + sum(jnp.sum(square + square**2) for square in squares)

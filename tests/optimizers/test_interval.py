@@ -36,7 +36,7 @@ def run(diags, *, interval, refresh=None, options=None):
 
 def cached_rule(diags, interval):
     """The published delayed rule: the last diagonal enters the average at every step."""
-    v, averages = 0.0, []
+    v, cached, averages = 0.0, None, []
     for t, diag in enumerate(diags):
         cached = diag if t % interval == 0 else cached
         v = B2 * v + (1 - B2) * cached**2
@@ -80,7 +80,7 @@ def test_the_correction_is_right_when_the_interval_changes_midway():
         v, w = B2**n * v + (1 - B2**n) * diag**2, B2**n * w + 1 - B2**n
     np.testing.assert_allclose(states[-1].nu, v, rtol=1e-12)
     np.testing.assert_allclose(states[-1].nu_weight, w, rtol=1e-12)
-    constant, updates = run(np.full((10, 4), 3.0), interval=[1] * 4 + [3] * 6)
+    _, updates = run(np.full((10, 4), 3.0), interval=[1] * 4 + [3] * 6)
     np.testing.assert_allclose(updates, np.full((10, 4), 1 / (3 + 1e-4)), rtol=1e-12)
 
 

@@ -1,0 +1,38 @@
+"""Every public name is documented, with an example where it is a function."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import curvax
+import curvax.curvature
+import curvax.optimizers
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = [name for name in curvax.__all__ if not isinstance(getattr(curvax, name), type)]
+
+
+def test_the_top_level_hands_on_what_its_packages_offer():
+    offered = [*curvax.curvature.__all__, *curvax.optimizers.__all__]
+    assert sorted(curvax.__all__) == sorted(offered)
+
+
+@pytest.mark.parametrize("name", curvax.__all__)
+def test_it_has_a_docstring_of_its_own(name):
+    docstring = getattr(curvax, name).__doc__
+    assert docstring
+    assert "Alias for field" not in docstring
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_takes_and_returns_and_shows_an_example(name):
+    docstring = getattr(curvax, name).__doc__
+    for section in ("Args:", "Returns:", "Example:", ">>>"):
+        assert section in docstring
+
+
+def test_each_name_is_on_one_api_page():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = re.findall(r"^::: curvax\.(\w+)$", pages, flags=re.MULTILINE)
+    assert sorted(documented) == sorted(curvax.__all__)
