@@ -31,9 +31,7 @@ BASE = "optax.adam"
 TORCH_BASE = "torch.optim.SGD"
 
 
-def train_step(
-    problem: models_flax.Problem, tx: Any, gradient: Callable[..., Any]
-) -> Callable[..., Carry]:
+def train_step(tx: Any, gradient: Callable[..., Any]) -> Callable[..., Carry]:
     """A step that updates by what ``gradient`` returns: statistics, gradient, extra arguments."""
 
     def step(carry: Carry, inputs: jax.Array, targets: jax.Array, *, refresh: Any = None) -> Carry:
@@ -129,7 +127,7 @@ def compiled_loop(
     problem: models_flax.Problem, tx: Any, gradient: Any, flags: list[Any]
 ) -> tuple[timing.Loop, int]:
     """A steady loop with donated buffers, and the largest temporary memory of its steps."""
-    step = jax.jit(train_step(problem, tx, gradient), donate_argnums=0, static_argnames="refresh")
+    step = jax.jit(train_step(tx, gradient), donate_argnums=0, static_argnames="refresh")
     carry = jax.tree.map(
         jax.numpy.copy, (problem.params, tx.init(problem.params), problem.statistics)
     )
@@ -202,7 +200,7 @@ def table(results: dict[str, Any]) -> str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(models_flax.PROBLEMS))
-    parser.add_argument("--blocks", type=int, default=7, help="blocks for each contestant")
+    parser.add_argument("--blocks", type=int, default=5, help="blocks for each contestant")
     parser.add_argument("--seconds", type=float, default=2.0, help="about how long a block lasts")
     parser.add_argument("--only", default="", help="regular expression of contestants to keep")
     parser.add_argument("--no-torch", action="store_true")

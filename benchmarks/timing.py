@@ -1,5 +1,6 @@
 """Steady loops, alternated in blocks within one run; medians and quartiles of a step's time."""
 
+import os
 import platform
 import statistics
 import time
@@ -58,7 +59,7 @@ def hardware() -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "cpu": _cpu_name(),
-        "cpu_cores": len(__import__("os").sched_getaffinity(0)),
+        "cpu_cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
     }
 

@@ -98,7 +98,7 @@ def mean_over_probes(
         return along(probes[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *probes)
     # Value and gradient do not depend on the probe, so vmap leaves them unbatched.
-    value, grads, samples = jax.vmap(along, out_axes=(None, None, 0))(stacked)
+    value, grads, samples = jax.vmap(along, out_axes=(None, None, 0), axis_size=num_probes)(stacked)
     return value, grads, jax.tree.map(_mean, samples)
 
 
