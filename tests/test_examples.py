@@ -1,0 +1,93 @@
+"""The demo: data files, its table and plot, and what a wrong file says."""
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """The module of the demo; the examples are scripts, not a package."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import digits
+
+    yield digits
+    for name in ("digits", "datasets"):
+        sys.modules.pop(name, None)
+
+
+def write_idx(path, array):
+    header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """Forty images in the four files of Fashion-MNIST, one of them not compressed."""
+    generator = np.random.default_rng(0)
+    for name, size in (("train", 40), ("t10k", 8)):
+        images = generator.integers(0, 256, (size, 28, 28))
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.arange(40) % 10)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.arange(8))
+    return tmp_path
+
+
+def test_every_contestant_learns_the_digits(demo, tmp_path, capsys):
+    demo.main(["--epochs", "2", "--output", str(tmp_path / "plots")])
+    output = capsys.readouterr().out
+    for name in demo.CONTESTANTS:
+        row = next(line for line in output.splitlines() if line.startswith(name))
+        accuracy = float(row.split()[-2].rstrip("%"))
+        assert accuracy > 80
+    plot = Path(output.split("Loss curves: ")[1].strip())
+    assert plot.parent == tmp_path / "plots"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_idx_files_are_read_compressed_or_not(demo, idx_folder):
+    dataset = demo.from_idx_files(idx_folder)
+    assert dataset.train_images.shape == (40, 28, 28, 1)
+    assert 0 <= dataset.train_images.min() < dataset.train_images.max() <= 1
+    np.testing.assert_array_equal(dataset.test_labels, np.arange(8))
+    demo_args = ["--dataset", "fashion-mnist", "--data-dir", str(idx_folder)]
+    demo.main([*demo_args, "--epochs", "1", "--batch-size", "16", "--output", str(idx_folder)])
+    assert (idx_folder / "fashion-mnist.png").is_file()
+
+
+def test_a_missing_file_is_one_sentence(demo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--dataset", "fashion-mnist", "--data-dir", str(tmp_path)])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "train-images-idx3-ubyte is missing" in message
+    assert "--data-dir" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no IDX", "is not an IDX file of bytes with 3 axes"),
+        (struct.pack(">4B3I", 0, 0, 8, 3, 2, 28, 28), "does not hold the"),
+    ],
+)
+def test_a_damaged_file_is_named(demo, tmp_path, capsys, content, message):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(SystemExit):
+        demo.main(["--dataset", "fashion-mnist", "--data-dir", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_data_is_refused(demo, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--batch-size", "5000"])
+    assert "--batch-size is above the 1437 training images" in capsys.readouterr().err
