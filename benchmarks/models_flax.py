@@ -16,11 +16,12 @@ class ResNetBlock(nn.Module):
 
     filters: int
     stride: int
+    conv: type[nn.Module] = nn.Conv
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def conv(inputs: jax.Array, stride: int) -> jax.Array:
-            outputs = nn.Conv(self.filters, (3, 3), (stride, stride), padding=1, use_bias=False)
+            outputs = self.conv(self.filters, (3, 3), (stride, stride), padding=1, use_bias=False)
             return nn.BatchNorm(use_running_average=False, momentum=0.9)(outputs(inputs))
 
         y = conv(nn.relu(conv(x, self.stride)), 1)
@@ -33,13 +34,15 @@ class ResNetBlock(nn.Module):
 class ResNet20(nn.Module):
     """ResNet-20 for 32x32 images (He et al., 2015, Section 4.2)."""
 
+    conv: type[nn.Module] = nn.Conv
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(16, (3, 3), padding=1, use_bias=False)(x)
+        x = self.conv(16, (3, 3), padding=1, use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=False, momentum=0.9)(x))
         for stage, filters in enumerate((16, 32, 64)):
             for block in range(3):
-                x = ResNetBlock(filters, 2 if stage > 0 and block == 0 else 1)(x)
+                x = ResNetBlock(filters, 2 if stage > 0 and block == 0 else 1, self.conv)(x)
         return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
 
 
@@ -109,10 +112,10 @@ def _problem(model: nn.Module, inputs: jax.Array, targets: jax.Array) -> Problem
     return Problem(params, statistics, inputs, targets, network)
 
 
-def resnet20(batch_size: int = 32) -> Problem:
+def resnet20(batch_size: int = 32, conv: type[nn.Module] = nn.Conv) -> Problem:
     keys = jax.random.split(jax.random.key(1))
     images = jax.random.normal(keys[0], (batch_size, 32, 32, 3))
-    return _problem(ResNet20(), images, jax.random.randint(keys[1], (batch_size,), 0, 10))
+    return _problem(ResNet20(conv), images, jax.random.randint(keys[1], (batch_size,), 0, 10))
 
 
 def transformer(batch_size: int = 8, length: int = 128) -> Problem:
