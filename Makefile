@@ -11,7 +11,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)
