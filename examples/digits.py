@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from datasets import Dataset, DatasetError, digits, from_idx_files

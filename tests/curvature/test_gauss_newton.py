@@ -219,7 +219,7 @@ def test_examples_may_have_several_axes(problem):
 def test_the_diagonal_feeds_adahessian(problem):
     params, inputs, targets = problem
     # One probe may leave an entry almost no curvature in the first steps; the bound holds them.
-    tx = curvax.adahessian(0.03, clip_threshold=1.0)
+    tx = curvax.adahessian(0.1, clip_threshold=1.0)
     state = tx.init(params)
     one_pass = jax.jit(
         curvax.value_grad_and_ggn_diag_from_outputs(network, "softmax_cross_entropy")
@@ -230,7 +230,7 @@ def test_the_diagonal_feeds_adahessian(problem):
         updates, state = tx.update(grads, state, params, hessian_diag=diag)
         params = optax.apply_updates(params, updates)
         values.append(float(value))
-    assert values[-1] < values[0], values
+    assert values[-1] < values[0]
 
 
 @pytest.mark.parametrize(
