@@ -154,7 +154,7 @@ def torch_loops(model: str) -> dict[str, timing.Loop]:
     torch.set_num_threads(timing.hardware()["cpu_cores"])
 
     def loop_of(contestant: str) -> timing.Loop:
-        step, _ = models_torch.training_step(model, contestant)
+        step = models_torch.training_step(model, contestant)
 
         def loop(steps: int) -> None:
             for _ in range(steps):

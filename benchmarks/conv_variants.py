@@ -10,6 +10,7 @@ Hessian's diagonal in one pass. The flags of XLA come from the environment; the 
 import argparse
 import functools
 import os
+import re
 
 import flax.linen as nn
 import jax
@@ -110,16 +111,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--only", default="", help="regular expression of convolutions to keep")
     args = parser.parse_args()
+    variants = {name: conv for name, conv in VARIANTS.items() if re.search(args.only, name)}
     loops = {
         (variant, kind): loop
-        for variant, module in VARIANTS.items()
+        for variant, module in variants.items()
         for kind, loop in loops_of(module).items()
     }
     rows = timing.time_loops(loops, seconds=args.seconds, cycle=2, blocks=args.blocks)
     print(f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}\n")
     print("| convolution | gradient, ms | one pass, ms | ratio |\n| --- | ---: | ---: | ---: |")
-    for variant in VARIANTS:
+    for variant in variants:
         gradient, one_pass = (1e3 * rows[variant, k]["median_s"] for k in ("gradient", "one pass"))
         print(f"| {variant} | {gradient:.1f} | {one_pass:.1f} | {one_pass / gradient:.2f} |")
 

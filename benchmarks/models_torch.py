@@ -87,8 +87,8 @@ def problem(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return Transformer(), tokens[:, :-1], tokens[:, 1:]
 
 
-def training_step(name: str, contestant: str) -> tuple[Callable[[], None], int]:
-    """One step of training by the named optimizer, and the number of parameters."""
+def training_step(name: str, contestant: str) -> Callable[[], None]:
+    """One step of training by the named optimizer."""
     model, inputs, targets = problem(name)
     optimizer, second_order = _OPTIMIZERS[contestant](model.parameters())
 
@@ -100,7 +100,7 @@ def training_step(name: str, contestant: str) -> tuple[Callable[[], None], int]:
             loss.backward(create_graph=second_order)
             optimizer.step()
 
-    return step, sum(p.numel() for p in model.parameters())
+    return step
 
 
 def _sgd(params):
