@@ -1,6 +1,6 @@
 """Second-order optimization for Optax.
 
-Optimizers: `adahessian`, `scale_by_adahessian`, and what goes with them in a chain.
+Optimizers: `adahessian`, `mfac`, and what goes with them in a chain.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
 matrices, most of them beside value and gradient in one pass.
 """
@@ -29,11 +29,16 @@ from curvax.optimizers import (
     Block,
     HutchinsonEstimatorState,
     ScaleByAdaHessianState,
+    ScaleByMfacState,
     accumulate_hessian_diag,
     adahessian,
     hutchinson_estimator,
     merge_masked,
+    mfac,
+    mfac_ihvp,
     scale_by_adahessian,
+    scale_by_mfac,
+    state_bytes,
     state_shardings,
 )
 
@@ -47,6 +52,7 @@ __all__ = [
     "OutputLoss",
     "RefreshState",
     "ScaleByAdaHessianState",
+    "ScaleByMfacState",
     "TraceEstimate",
     "accumulate_hessian_diag",
     "adahessian",
@@ -59,8 +65,12 @@ __all__ = [
     "hvp",
     "linearized_hvp",
     "merge_masked",
+    "mfac",
+    "mfac_ihvp",
     "random_probe",
     "scale_by_adahessian",
+    "scale_by_mfac",
+    "state_bytes",
     "state_shardings",
     "value_grad_and_ggn_diag",
     "value_grad_and_ggn_diag_from_outputs",

@@ -46,6 +46,16 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
+def check_size(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a Python integer of at least one, which fixes a shape."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} fixes the shape of the state and must be a Python integer, got an array; "
+            f"with optax.inject_hyperparams name it in static_args=({name!r}, ...)."
+        )
+    check_count(name, value)
+
+
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raises unless ``value`` is one of ``allowed``."""
     if not any(value is choice or value == choice for choice in allowed):
@@ -71,11 +81,22 @@ def check_like(name: str, tree: PyTree, params: PyTree) -> None:
             )
 
 
+def check_real(owner: str, params: PyTree) -> None:
+    """Raises if a leaf of ``params`` is complex, which ``owner`` does not handle."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{owner} needs real parameters, got {leaf.dtype} at {path_name(path)}; "
+                "keep real and imaginary parts as two leaves."
+            )
+
+
 def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
     if entry is None:
         return "no further leaf"
     path, leaf = entry
-    return f"{path_name(path)} of shape {jnp.shape(leaf)}"
+    shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+    return f"{path_name(path)} of shape {shape}"
 
 
 def checked_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, path_name
+from curvax._checks import check_choice
+from curvax._find import find_node
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution
 from curvax.curvature._products import Differentiable, Mode, PyTree, loss_of_leaves
@@ -148,26 +149,13 @@ def _value_and_grad(
 
 def find_refresh_state(state: Any) -> RefreshState:
     """The one node of ``state`` that keeps curvature, with plain arrays in it."""
-    entries, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_keeps_curvature)
-    found = {path_name(path): node for path, node in entries if _keeps_curvature(node)}
-    if not found:
-        raise ValueError(
-            "state holds no optimizer that keeps curvature: pass the state of "
-            "curvax.adahessian, or of a chain or wrapper around it."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"state holds {len(found)} optimizers that keep curvature, at "
-            f"{', '.join(found)}: pass the part of the state that is meant."
-        )
-    return _plain(next(iter(found.values())))
-
-
-def _keeps_curvature(node: Any) -> bool:
-    return {"count", "interval", "key"} <= set(getattr(node, "_fields", ()))
-
-
-def _plain(node: Any) -> Any:
-    """The node's three scalars without the variables that ``nnx.Optimizer`` wraps them in."""
-    names = ("count", "interval", "key")
-    return node._replace(**{name: jax.tree.leaves(getattr(node, name))[0] for name in names})
+    fields = ("count", "interval", "key")
+    node = find_node(
+        state,
+        fields,
+        one="optimizer that keeps curvature",
+        several="optimizers that keep curvature",
+        example="curvax.adahessian",
+    )
+    # nnx.Optimizer wraps arrays in variables.
+    return node._replace(**{name: jax.tree.leaves(getattr(node, name))[0] for name in fields})

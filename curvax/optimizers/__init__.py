@@ -15,6 +15,9 @@ from curvax.optimizers._hutchinson_estimator import (
     HutchinsonEstimatorState,
     hutchinson_estimator,
 )
+from curvax.optimizers._memory import state_bytes
+from curvax.optimizers._mfac import ScaleByMfacState, mfac, scale_by_mfac
+from curvax.optimizers._mfac_ihvp import mfac_ihvp
 from curvax.optimizers._shardings import state_shardings
 
 __all__ = [
@@ -22,10 +25,15 @@ __all__ = [
     "Block",
     "HutchinsonEstimatorState",
     "ScaleByAdaHessianState",
+    "ScaleByMfacState",
     "accumulate_hessian_diag",
     "adahessian",
     "hutchinson_estimator",
     "merge_masked",
+    "mfac",
+    "mfac_ihvp",
     "scale_by_adahessian",
+    "scale_by_mfac",
+    "state_bytes",
     "state_shardings",
 ]

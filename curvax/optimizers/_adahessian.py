@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_choice, check_count, check_range, path_name
+from curvax._checks import check_choice, check_count, check_range, check_real
 from curvax.curvature._from_state import check_refresh, is_due, step_key
 from curvax.curvature._probes import Distribution
 from curvax.optimizers._averaging import Rule, average_curvature, check_averaging
@@ -131,7 +131,7 @@ def scale_by_adahessian(
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdaHessianState:
-        _check_real(params)
+        check_real("AdaHessian", params)
         return ScaleByAdaHessianState(
             count=jnp.zeros((), jnp.int32),
             interval=jnp.asarray(update_interval, jnp.int32),
@@ -393,15 +393,6 @@ def _check_b2_precision(b2: Scalar) -> None:
             f"b2 has dtype {dtype}, in which 0.999 rounds too far; with inject_hyperparams "
             "pass hyperparam_dtype=jnp.float32."
         )
-
-
-def _check_real(params: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"AdaHessian needs real parameters, got {leaf.dtype} at {path_name(path)}; "
-                "keep real and imaginary parts as two leaves."
-            )
 
 
 def _mu_dtype(leaf: Any, mu_dtype: Any | None) -> Any:

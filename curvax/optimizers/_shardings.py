@@ -17,7 +17,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     ``out_shardings``, or to a checkpoint library as the target of a restore.
 
     A leaf of the state that has its parameter's shape gets its sharding; one with further
-    axes in front, as M-FAC's window has, gets it behind as many unsharded axes. Everything
+    axes in front, as M-FAC's window has, gets it behind as many unsharded axes; sparse rows of
+    M-FAC, which have blocks in place of entries, get it for the axes of blocks. Everything
     else (counts, keys) is replicated.
 
     Args:
@@ -59,13 +60,33 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
 
 
 def _like_its_parameter(leaf: jax.ShapeDtypeStruct, param: Any) -> Sharding:
-    extra = len(leaf.shape) - len(param.shape)
-    if extra < 0 or leaf.shape[extra:] != param.shape:
+    if leaf.shape == param.shape:
+        return param.sharding
+    if not isinstance(param.sharding, NamedSharding):
         return _replicated(param.sharding)
-    if extra and isinstance(param.sharding, NamedSharding):
-        spec = PartitionSpec(*(None,) * extra, *param.sharding.spec)
-        return param.sharding.update(spec=spec)
-    return param.sharding
+    rank = len(param.shape)
+    extra = len(leaf.shape) - rank
+    spec = (*param.sharding.spec, *(None,) * (rank - len(param.sharding.spec)))
+    if extra > 0 and leaf.shape[extra:] == param.shape:
+        return param.sharding.update(spec=PartitionSpec(*(None,) * extra, *spec))
+    if extra == _SPARSE_AXES:
+        sharding = param.sharding.update(spec=PartitionSpec(None, *spec, None))
+        if _divides(sharding, leaf.shape):
+            return sharding
+    return _replicated(param.sharding)
+
+
+# Sparse rows have the rows in front, as many blocks along each axis as the parameter has axes,
+# and the entries of a block behind.
+_SPARSE_AXES = 2
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _replicated(sharding: Sharding) -> Sharding:

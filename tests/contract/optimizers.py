@@ -43,6 +43,7 @@ class Row(NamedTuple):
         nothing may be gathered.
       variant: whether it differs from another row in formulas only, so that the tests of
         wrappers can leave it out.
+      compressed: whether it keeps leaves in a shape that is not their parameter's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row(NamedTuple):
     takes_curvature: bool = True
     largest_sum: int = 1
     variant: bool = False
+    compressed: bool = False
 
     def make(self, **options: Any) -> optax.GradientTransformation:
         return self.factory(**{**self.options, **options})
@@ -75,6 +77,22 @@ WEAK_DECAY = trials(
     NEWTON_LIKE["parabola"],
     Trial(1000, {"learning_rate": 0.15, "hessian_power": 0.5, "weight_decay": 1e-6}),
 )
+WINDOW = 8
+
+
+def mfac(name: str, **options: Any) -> Row:
+    """A short window; its sizes, and whether there is an average, fix the state's shape."""
+    options = {"learning_rate": 0.1, "num_grads": WINDOW, "damping": 0.1, **options}
+    row = Row(name, curvax.mfac, options, NATURAL, ("num_grads", "density", "momentum"))
+    return row._replace(takes_curvature=False, largest_sum=4 * WINDOW)
+
+
+# With a damping well above the squared gradients near a minimum, a step there is the gradient
+# times learning_rate / damping.
+NATURAL = trials(
+    quadratic=Trial(1000, {"learning_rate": 0.5, "damping": 1.0}),
+    rosenbrock=Trial(20000, {"learning_rate": 0.001, "damping": 1.0}),
+)
 # A control: what the tests ask, Optax's own optimizers give.
 ADAM = trials(Trial(300, {"learning_rate": 0.3}), Trial(2000, {"learning_rate": 0.05}))
 
@@ -89,6 +107,9 @@ ROWS = (
     adahessian("adahessian-none", averaging="none"),
     adahessian("adahessian-paper", averaging="paper"),
     adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
+    mfac("mfac"),
+    mfac("mfac-momentum-bfloat16", momentum=0.5, window_dtype="bfloat16")._replace(variant=True),
+    mfac("mfac-sparse", density=0.25, window_scaling="filled")._replace(compressed=True),
     Row("adam", optax.adam, {"learning_rate": 0.1}, ADAM, takes_curvature=False),
 )
 

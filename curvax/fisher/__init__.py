@@ -1,0 +1,17 @@
+"""The gradient side: the empirical Fisher matrix of a window of gradients, and its inverse.
+
+Plain functions of gradients; nothing here knows of Optax.
+"""
+
+from curvax.fisher._inverse import Solution, solve_damped_gram
+from curvax.fisher._sparse_window import SparseRow, SparseWindow
+from curvax.fisher._window import DenseWindow, Window
+
+__all__ = [
+    "DenseWindow",
+    "Solution",
+    "SparseRow",
+    "SparseWindow",
+    "Window",
+    "solve_damped_gram",
+]

@@ -1,0 +1,189 @@
+r"""The sliding window of gradients: the rows of $G$, kept leaf by leaf.
+
+A window has two passes over its memory, $G v$ (`Window.dots`) and $G^T x$ (`Window.combine`),
+and one write of a row (`Window.push`). Nothing is flattened: a leaf's rows have shape
+``(m, *leaf.shape)`` and its sharding behind an unsharded first axis, so that $G v$ sums a few
+numbers a row over devices and the rest stays where it is.
+
+A vector is contracted as a few columns in one pass. On float32 rows they are disjoint parts
+of it, whose sums are rounded less and added pairwise: Gram entries then are as good as sums in
+float64 that are rounded once. On bfloat16 rows they are its leading, middle and last bits:
+products of two bfloat16 numbers are exact in float32, no row is ever converted, and XLA's CPU
+backend, which would convert all rows for a single column, multiplies several as they are.
+"""
+
+from typing import Any, NamedTuple, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from curvax.fisher._cholesky import HIGHEST
+
+PyTree = Any
+
+_PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
+_SMALL = 1024  # a leaf of fewer entries is summed as a whole
+
+
+class Window(Protocol):
+    """What M-FAC needs of the rows it keeps."""
+
+    def compress(self, grads: PyTree) -> tuple[Any, PyTree]:
+        """The row that stands for ``grads``, as `push` takes it and as a tree like params."""
+
+    def push(self, row: Any, slot: jax.Array) -> Self:
+        """The window with ``row`` in place of the one in ``slot``."""
+
+    def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
+        """$G v$, of shape (m,), summed in ``dtype``."""
+
+    def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
+        """$G^T x$, a tree shaped like ``like`` in the dtype of ``weights``."""
+
+
+class DenseWindow(NamedTuple):
+    """All entries of every gradient.
+
+    Attributes:
+      rows: a tree like ``params`` with leaves of shape ``(m, *leaf.shape)``; of no rows where
+        a leaf takes no part.
+    """
+
+    rows: PyTree
+
+    @classmethod
+    def empty(cls, params: PyTree, num_grads: int, dtype: Any | None) -> Self:
+        """A window of zeros; in the params' dtypes, float32 or wider, if ``dtype`` is None."""
+
+        def rows(leaf: Any) -> jax.Array:
+            return stacked_zeros(leaf, num_grads, row_dtype(leaf, dtype))
+
+        return cls(jax.tree.map(rows, params))
+
+    def compress(self, grads: PyTree) -> tuple[PyTree, PyTree]:
+        rounded = jax.tree.map(lambda g, rows: round_to(g, rows.dtype), grads, self.rows)
+        return rounded, rounded
+
+    def push(self, row: PyTree, slot: jax.Array) -> Self:
+        return self._replace(rows=insert_row(self.rows, row, slot))
+
+    def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
+        pairs = zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True)
+        sums = [_leaf_dots(rows, leaf).astype(dtype) for rows, leaf in pairs if rows.size]
+        return pairwise_sum(jnp.concatenate(sums, axis=1)) if sums else jnp.zeros((), dtype)
+
+    def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
+        return jax.tree.map(lambda rows, leaf: _leaf_combine(rows, weights, leaf), self.rows, like)
+
+
+def takes_part(leaf: Any) -> bool:
+    """Whether a leaf of params has gradients to keep: integers and empty leaves have none."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size > 0
+
+
+def row_dtype(leaf: Any, dtype: Any | None) -> Any:
+    """The dtype in which rows of a leaf are kept."""
+    return jnp.promote_types(leaf.dtype, jnp.float32) if dtype is None else dtype
+
+
+def round_to(array: jax.Array, dtype: Any) -> jax.Array:
+    """The array in ``dtype``, rounded for good: XLA may skip a conversion there and back."""
+    if dtype == jnp.bfloat16:
+        array = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+    return array.astype(dtype)
+
+
+def stacked_zeros(leaf: Any, number: int, dtype: Any) -> jax.Array:
+    """``number`` rows of zeros with the leaf's sharding; none where it takes no part."""
+    number = number if takes_part(leaf) else 0
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    return jnp.broadcast_to(zeros[jnp.newaxis], (number, *zeros.shape))
+
+
+def insert_row(rows: PyTree, row: PyTree, slot: jax.Array) -> PyTree:
+    """Each leaf's rows with the one in ``slot`` replaced."""
+
+    def insert(kept: jax.Array, new: jax.Array) -> jax.Array:
+        if not len(kept):
+            return kept
+        return jax.lax.dynamic_update_index_in_dim(kept, new, slot, axis=0)
+
+    return jax.tree.map(insert, rows, row)
+
+
+def replicated(array: jax.Array) -> jax.sharding.NamedSharding | None:
+    """What a contraction over explicitly sharded axes must name as its result's sharding."""
+    sharding = jax.typeof(array).sharding
+    explicit = not sharding.mesh.empty and not sharding.mesh.are_all_axes_auto
+    return sharding.update(spec=jax.P()) if explicit else None
+
+
+@jax.jit
+def pairwise_sum(columns: jax.Array) -> jax.Array:
+    """The sum over the last axis, whose rounding grows with the logarithm of its size."""
+    while (size := columns.shape[-1]) > 1:
+        half = size // 2
+        pairs = columns[..., :half] + columns[..., half : 2 * half]
+        columns = jnp.concatenate([pairs, columns[..., 2 * half :]], axis=-1)
+    return columns[..., 0]
+
+
+@jax.jit
+def _leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    """Sums of each row times the vector, over a few parts of it: shape (m, parts)."""
+    if rows.dtype == jnp.bfloat16:
+        return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
+    vector = vector.astype(rows.dtype)
+    if vector.ndim == 1 and vector.size >= _SMALL:
+        # XLA's CPU backend is slow at a flat product of a few columns, and this is exact enough.
+        return jnp.sum(rows * vector, axis=1, keepdims=True)
+    return _contract(rows, _disjoint_parts(vector), vector.ndim, rows.dtype)
+
+
+def _contract(rows: jax.Array, columns: jax.Array, rank: int, dtype: Any) -> jax.Array:
+    """The rows times a few columns, over the ``rank`` axes of a leaf."""
+    axes = tuple(range(rank))
+    return jax.lax.dot_general(
+        rows,
+        columns,
+        ((tuple(axis + 1 for axis in axes), axes), ((), ())),
+        precision=HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=replicated(rows),
+    )
+
+
+@jax.jit
+def _leaf_combine(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Array:
+    if not len(rows):
+        return jnp.zeros_like(like, dtype=weights.dtype)
+    if rows.dtype == jnp.bfloat16:
+        parts = jax.lax.dot_general(
+            _bits(weights, axis=0), rows, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return jnp.sum(parts, axis=0, dtype=weights.dtype)
+    weights = weights.astype(rows.dtype)
+    return jax.lax.dot_general(weights, rows, (((0,), (0,)), ((), ())), precision=HIGHEST)
+
+
+def _disjoint_parts(vector: jax.Array) -> jax.Array:
+    """Columns that each hold a part of the vector and zeros elsewhere, on a new last axis."""
+    if vector.size < _SMALL:
+        return vector[..., jnp.newaxis]
+    axis = max(range(vector.ndim), key=lambda axis: vector.shape[axis])
+    size = vector.shape[axis]
+    part = jnp.arange(size) * _PARTS // size
+    column = part[:, jnp.newaxis] == jnp.arange(_PARTS)
+    shape = [1] * vector.ndim + [_PARTS]
+    shape[axis] = size
+    return jnp.where(column.reshape(shape), vector[..., jnp.newaxis], 0)
+
+
+def _bits(vector: jax.Array, axis: int) -> jax.Array:
+    """Three bfloat16 parts that add up to a float32 vector, on a new axis."""
+    columns = []
+    rest = vector.astype(jnp.float32)
+    for _ in range(3):
+        columns.append(round_to(rest, jnp.bfloat16))
+        rest = rest - columns[-1].astype(jnp.float32)
+    return jnp.stack(columns, axis=axis)
