@@ -22,7 +22,7 @@ The published code factors $K$ by an $LDL^T$ recurrence; this is the same matrix
 Cholesky, with the residual checked.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,24 +67,27 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
       The solution, and whether it took the second try.
     """
     size = len(gram)
-    identity = jnp.eye(size, dtype=gram.dtype)
     diagonal = jnp.diagonal(gram) + shift
     scale = jax.lax.rsqrt(diagonal)
-    unit = gram * scale[:, jnp.newaxis] * scale + (shift * scale**2) * identity
-
-    def attempt(jitter: float) -> jax.Array:
-        matrix = unit + jitter * identity if jitter else unit
-        return scale * cholesky_solve(matrix, scale * rhs)
-
-    def second_try() -> jax.Array:
-        solution = attempt(16 * size * float(jnp.finfo(gram.dtype).eps))
-        # Each gradient by itself, should even this fail.
-        return jnp.where(jnp.all(jnp.isfinite(solution)), solution, rhs / diagonal)
+    jitter = 16 * size * float(jnp.finfo(gram.dtype).eps)
 
     def length(vector: jax.Array) -> jax.Array:
         return jnp.sum(jnp.abs(vector) / scale)
 
-    solution = attempt(0.0)
-    residual = rhs - shift * solution - jnp.matmul(gram, solution, precision=HIGHEST)
-    accurate = length(residual) <= _TOLERANCE * length(rhs)
-    return Solution(jax.lax.cond(accurate, lambda: solution, second_try), ~accurate)
+    def wants_a_try(tries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        number, _, accurate = tries
+        return (number < 2) & ~accurate
+
+    def next_try(tries: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        number, _, _ = tries
+        raised = scale**2 * shift + number.astype(gram.dtype) * jitter
+        matrix = gram * scale[:, jnp.newaxis] * scale + jnp.diag(raised)
+        solution = scale * cholesky_solve(matrix, scale * rhs)
+        residual = rhs - shift * solution - jnp.matmul(gram, solution, precision=HIGHEST)
+        return number + 1, solution, length(residual) <= _TOLERANCE * length(rhs)
+
+    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(rhs), jnp.array(False))
+    number, solution, _ = jax.lax.while_loop(wants_a_try, next_try, start)
+    # Each gradient by itself, should even the second try fail.
+    solution = jnp.where(jnp.all(jnp.isfinite(solution)), solution, rhs / diagonal)
+    return Solution(solution, number > 1)

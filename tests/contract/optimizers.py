@@ -109,7 +109,9 @@ ROWS = (
     adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
     mfac("mfac"),
     mfac("mfac-momentum-bfloat16", momentum=0.5, window_dtype="bfloat16")._replace(variant=True),
-    mfac("mfac-sparse", density=0.25, window_scaling="filled")._replace(compressed=True),
+    mfac("mfac-sparse", density=0.25, window_scaling="filled")._replace(
+        variant=True, compressed=True
+    ),
     Row("adam", optax.adam, {"learning_rate": 0.1}, ADAM, takes_curvature=False),
 )
 
@@ -120,3 +122,5 @@ def parametrized(rows: tuple[Row, ...]) -> pytest.MarkDecorator:
 
 every_row = parametrized(ROWS)
 every_kind = parametrized(tuple(row for row in ROWS if not row.variant))
+# Where the layout of the state matters.
+every_layout = parametrized(tuple(row for row in ROWS if row.compressed or not row.variant))

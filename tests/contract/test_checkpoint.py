@@ -8,7 +8,7 @@ from flax import serialization
 
 import curvax
 
-from .optimizers import every_kind
+from .optimizers import every_layout
 from .problems import coupled_loss, small_params
 from .trees import assert_trees_equal
 
@@ -40,7 +40,7 @@ def save_and_restore(path, tree, target):
         return checkpointer.restore(path / "checkpoint", target)
 
 
-@every_kind
+@every_layout
 def test_a_run_restored_by_orbax_continues_bit_for_bit(row, tmp_path):
     tx = row.make()
     run = make_run(row, tx)
@@ -53,7 +53,7 @@ def test_a_run_restored_by_orbax_continues_bit_for_bit(row, tmp_path):
     assert_trees_equal(run(**restored, first=3, last=7), uninterrupted)
 
 
-@every_kind
+@every_layout
 def test_a_sharded_run_is_restored_with_its_shardings(row, tmp_path):
     tx = row.make()
     run = make_run(row, tx)
@@ -74,7 +74,7 @@ def test_a_sharded_run_is_restored_with_its_shardings(row, tmp_path):
     assert_trees_equal(run(**restored, first=3, last=5), uninterrupted)
 
 
-@every_kind
+@every_layout
 def test_a_state_passes_through_flax_msgpack_as_key_data(row):
     tx = row.make()
     run = make_run(row, tx)

@@ -12,7 +12,7 @@ import curvax
 
 from .collectives import collectives, largest_sum, moved
 from .meshes import AXIS_TYPES, make_mesh, network, sharded, shardings
-from .optimizers import every_kind, every_row
+from .optimizers import every_layout, every_row
 from .trees import assert_trees_close, assert_trees_equal, types
 
 every_mesh = pytest.mark.parametrize("kind", AXIS_TYPES)
@@ -72,7 +72,7 @@ def test_the_counter_of_collectives_sees_a_gather_and_a_sum():
     assert largest_sum(found) == 4
 
 
-@every_kind
+@every_layout
 def test_a_jitted_init_keeps_the_shardings_it_is_given(row):
     tx, mesh = row.make(), make_mesh("automatic")
     params = sharded(network(), mesh)
@@ -114,7 +114,7 @@ def images(dtype=None):
     return jax.random.normal(jax.random.key(5), (16, 8, 8, 2), dtype)
 
 
-@every_kind
+@every_layout
 def test_sharded_parameters_train_as_on_one_device(row, x64):
     tx = row.make(learning_rate=0.01)
     single = trained(row, tx, network(), images(), steps=5)
@@ -123,7 +123,7 @@ def test_sharded_parameters_train_as_on_one_device(row, x64):
     assert_trees_close(parallel, single, rtol=1e-9, atol=1e-12)
 
 
-@every_kind
+@every_layout
 def test_eight_shards_of_the_batch_train_as_the_whole_batch_does(row, x64):
     tx = row.make(learning_rate=0.01)
     single = trained(row, tx, network(), images(), steps=20)
