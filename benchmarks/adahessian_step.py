@@ -8,10 +8,7 @@ benchmarks/results/ under the hardware's name.
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -210,32 +207,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    machine = timing.hardware()
-    device = machine["cpu"] if machine["platform"] == "cpu" else machine["device"]
-    name = f"{device}, {machine['cpu_cores']} cores"
     packages = ("curvax", "jax", "jaxlib", "optax", "flax", "torch", "torch-optimizer")
     results = {
-        "name": name,
-        "hardware": machine,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {p: _version(p) for p in (*packages, "pytorch-optimizer")},
+        **timing.environment((*packages, "pytorch-optimizer")),
         "settings": {"blocks": args.blocks, "seconds": args.seconds, "cycle": CYCLE},
         "models": {model: measure(model, args) for model in args.models},
     }
-    slug = re.sub(r"[^a-z0-9]+", "_", f"{machine['platform']} {name}".lower()).strip("_")
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"adahessian_step_{slug}"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(results))
-    print(table(results))
-    print(f"Written to {path}.json and .md")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    timing.write(results, table(results), "adahessian_step", args.output)
 
 
 if __name__ == "__main__":

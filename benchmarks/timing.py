@@ -1,16 +1,25 @@
-"""Steady loops, alternated in blocks within one run; medians and quartiles of a step's time."""
+"""Steady loops, alternated in blocks within one run; medians and quartiles of a step's time.
 
+And what goes into a file of results besides: versions, hardware, names.
+"""
+
+import datetime
+import importlib.metadata
+import itertools
+import json
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+PyTree = Any
 Loop = Callable[[int], None]  # runs so many steps and waits for the last
 
 
@@ -47,6 +56,21 @@ def time_loops(
     return {name: _summary(samples[name], steps[name]) for name in loops}
 
 
+class Streaming:
+    """A step with donated state that goes through a pool of inputs, as a loop to time."""
+
+    def __init__(self, step: Callable[..., Any], state: PyTree, pool: list[Any]):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, *pool[0]).compile()
+        self.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        self.state = state
+        self._step, self._pool = compiled, itertools.cycle(pool)
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.state, output = self._step(self.state, *next(self._pool))
+        jax.block_until_ready((self.state, output))
+
+
 def _summary(samples: list[float], steps: int) -> dict[str, float]:
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return {"median_s": median, "lower_quartile_s": low, "upper_quartile_s": high, "steps": steps}
@@ -69,3 +93,34 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def environment(packages: Iterable[str]) -> dict[str, Any]:
+    """The head of a file of results: where, when and with what it was measured."""
+    machine = hardware()
+    device = machine["cpu"] if machine["platform"] == "cpu" else machine["device"]
+    return {
+        "name": f"{device}, {machine['cpu_cores']} cores",
+        "hardware": machine,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {package: _version(package) for package in packages},
+    }
+
+
+def write(results: dict[str, Any], table: str, script: str, output: Path) -> None:
+    """Writes results as JSON and a table under the hardware's name, and prints the table."""
+    name = f"{results['hardware']['platform']} {results['name']}"
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{script}_{slug}"
+    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table)
+    print(table)
+    print(f"Written to {path}.json and .md")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -7,9 +7,7 @@ import jax
 from curvax._checks import path_name
 
 
-def find_node(
-    state: Any, fields: tuple[str, ...], *, one: str, several: str, example: str
-) -> Any:
+def find_node(state: Any, fields: tuple[str, ...], *, one: str, several: str, example: str) -> Any:
     """The one node of ``state`` that has the named fields.
 
     Args:

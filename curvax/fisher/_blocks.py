@@ -7,7 +7,8 @@ small enough. An axis sharded over as many devices as it has cuts keeps its bloc
 """
 
 import math
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ class Blocks(NamedTuple):
     @property
     def grid(self) -> tuple[int, ...]:
         """The number of blocks along each axis."""
-        return tuple(s * (p // b) for s, p, b in zip(self.shards, self._padded, self.sides))
+        cuts = zip(self.shards, self._padded, self.sides, strict=True)
+        return tuple(shards * (part // side) for shards, part, side in cuts)
 
     @property
     def size(self) -> int:
@@ -83,7 +85,7 @@ class Blocks(NamedTuple):
         return _reshape(leaf, self.shape, spec)
 
 
-def _interleave(first, second):  # type: ignore[no-untyped-def]
+def _interleave(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
     return [item for pair in zip(first, second, strict=True) for item in pair]
 
 
@@ -92,7 +94,7 @@ def _spec(array: jax.Array) -> Spec:
     return [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
 
 
-def _reshape(array: jax.Array, shape: tuple[int, ...], spec: Spec) -> jax.Array:
+def _reshape(array: jax.Array, shape: Sequence[int], spec: Spec) -> jax.Array:
     sharding = jax.typeof(array).sharding
     if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
         return array.reshape(shape)

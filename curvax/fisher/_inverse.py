@@ -29,8 +29,8 @@ import jax.numpy as jnp
 
 from curvax.fisher._cholesky import HIGHEST, cholesky_solve
 
-# The solution belongs to a right-hand side that differs by this much; in float32 Cholesky
-# reaches it up to condition numbers of about 1e6.
+# Of the residual, relative to the right-hand side: float32 reaches it up to condition numbers of
+# about 1e6.
 _TOLERANCE = 0.1
 
 
@@ -51,12 +51,12 @@ class Solution(NamedTuple):
 def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
     r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with a safe second try.
 
-    The matrix is scaled to a unit diagonal first: gradients of very different length, as in a
-    run that converges, then do no harm. The residual $r = b - K x$ is measured as the change
-    of the preconditioned vector that it stands for, $\lVert G^T r \rVert \le \sum_i |r_i|
-    \sqrt{K_{ii}}$, relative to the same for $b$. Where it is too large or not finite, the
-    diagonal is raised by a few units of rounding, relative to itself: a larger damping, just
-    above what the precision can tell from a singular matrix.
+    The system is scaled to a unit diagonal, $D^{-1/2} K D^{-1/2}$ with $D = \operatorname{diag} K$,
+    so that gradients of very different length, as in a run that converges, do no harm. A solution
+    counts if its scaled residual, $\lVert D^{-1/2} (b - K x) \rVert_1$, is at most a tenth of
+    $\lVert D^{-1/2} b \rVert_1$. If it is larger or not finite, the diagonal is raised by a few
+    units of rounding, relative to itself: a larger damping, just above what the precision can
+    tell from a singular matrix.
 
     Args:
       gram: $G G^T$, of shape (m, m).
@@ -65,6 +65,15 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
 
     Returns:
       The solution, and whether it took the second try.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax.fisher import solve_damped_gram
+      >>> grads = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # two gradients as rows
+      >>> damping, newest = 0.5, jnp.array([0.0, 1.0])
+      >>> x, failed = solve_damped_gram(grads @ grads.T, 2 * damping, newest)
+      >>> print(2 * grads.T @ x)  # F^-1 of the second, F = 0.5 I + G^T G / 2
+      [0.    0.667 0.667]
     """
     size = len(gram)
     diagonal = jnp.diagonal(gram) + shift
@@ -72,7 +81,7 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
     jitter = 16 * size * float(jnp.finfo(gram.dtype).eps)
 
     def length(vector: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.abs(vector) / scale)
+        return jnp.sum(jnp.abs(scale * vector))
 
     def wants_a_try(tries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         number, _, accurate = tries

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from curvax.fisher._blocks import Blocks
-from curvax.fisher._window import insert_row, round_to, row_dtype, stacked_zeros, takes_part
+from curvax.fisher._window import (
+    insert_row,
+    pairwise_sum,
+    round_to,
+    row_dtype,
+    stacked_zeros,
+    takes_part,
+)
 
 PyTree = Any
 Pairs = list[tuple[jax.Array, jax.Array]]  # values and positions of each leaf
@@ -64,7 +71,9 @@ class SparseWindow(NamedTuple):
             _largest(leaf, rows) if len(rows) else _nothing(leaf, rows)
             for leaf, rows in zip(leaves, jax.tree.leaves(self.values), strict=True)
         ]
-        values, positions, kept = (treedef.unflatten(part[i] for part in parts) for i in range(3))
+        values, positions, kept = (
+            jax.tree.unflatten(treedef, [part[i] for part in parts]) for i in range(3)
+        )
         return SparseRow(values, positions), kept
 
     def push(self, row: SparseRow, slot: jax.Array) -> Self:
@@ -92,10 +101,11 @@ class SparseWindow(NamedTuple):
         joined = iter(
             Blocks.of(leaf.shape).join(blocks) for leaf, blocks in zip(chosen, total, strict=True)
         )
-        return treedef.unflatten(
+        combined = [
             next(joined) if takes_part(leaf) else jnp.zeros_like(leaf, dtype=weights.dtype)
             for leaf in leaves
-        )
+        ]
+        return jax.tree.unflatten(treedef, combined)
 
     def _pairs(self) -> Pairs:
         pairs = zip(jax.tree.leaves(self.values), jax.tree.leaves(self.positions), strict=True)
@@ -114,13 +124,12 @@ def _dots(pairs: Pairs, blocks: list[jax.Array]) -> jax.Array:
 
     # Blocks are summed after the loop, so that devices communicate once, not once a row.
     sums = jax.lax.map(block_sums, pairs)
-    return sum(jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in sums)
+    totals = [jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in sums]
+    return pairwise_sum(jnp.stack(totals, axis=-1))
 
 
 @jax.jit
-def _combination(
-    weights: jax.Array, pairs: Pairs, zeros: list[jax.Array]
-) -> list[jax.Array]:
+def _combination(weights: jax.Array, pairs: Pairs, zeros: list[jax.Array]) -> list[jax.Array]:
     """The weighted sum of the rows, in blocks."""
 
     def add(total: list[jax.Array], row: tuple[jax.Array, Pairs]) -> tuple[list[jax.Array], None]:

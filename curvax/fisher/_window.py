@@ -159,7 +159,10 @@ def _leaf_combine(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.A
         return jnp.zeros_like(like, dtype=weights.dtype)
     if rows.dtype == jnp.bfloat16:
         parts = jax.lax.dot_general(
-            _bits(weights, axis=0), rows, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            _bits(weights, axis=0),
+            rows,
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
         return jnp.sum(parts, axis=0, dtype=weights.dtype)
     weights = weights.astype(rows.dtype)

@@ -184,22 +184,23 @@ def scale_by_mfac(
         if state.mu is not None:
             scaled = jax.tree.map(lambda u, v: _average(u, v, momentum), scaled, state.mu)
 
-        accepted = state._replace(
-            count=optax.safe_increment(state.count),
-            damping=damping_now,
-            normalizer=normalizer,
-            failures=state.failures + solution.failed,
-            mu=None if state.mu is None else scaled,
-            feedback=None if state.feedback is None else optax.tree.sub(entering, kept),
-        )
-        # Window and Gram matrix are guarded above, where they are written in place.
-        untouched = {"window": None, "gram": None}
-        guarded = jax.tree.map(
-            lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
-            accepted._replace(**untouched),
-            state._replace(**untouched),
-        )
-        new_state = guarded._replace(window=window, gram=gram)
+        accepted: dict[str, Any] = {
+            "count": optax.safe_increment(state.count),
+            "damping": damping_now,
+            "normalizer": normalizer,
+            "failures": state.failures + solution.failed,
+            "mu": None if state.mu is None else scaled,
+            "feedback": None if state.feedback is None else optax.tree.sub(entering, kept),
+        }
+        guarded: dict[str, Any] = {
+            name: jax.tree.map(
+                lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
+                value,
+                getattr(state, name),
+            )
+            for name, value in accepted.items()
+        }
+        new_state = state._replace(window=window, gram=gram, **guarded)
         like = updates if params is None else params
         handed_on = jax.tree.map(lambda u, p: _handed_on(u, finite, p.dtype), scaled, like)
         return handed_on, new_state
@@ -358,10 +359,11 @@ def _is_finite(updates: PyTree, dtype: Any) -> jax.Array:
 
 def gradient_shapes(state: ScaleByMfacState) -> PyTree:
     """A tree of what gradients must look like."""
-    if state.feedback is not None:
+    if not isinstance(state.window, DenseWindow):
         return state.feedback
-    rows = state.window.rows
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+    return jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), state.window.rows
+    )
 
 
 def _check_density(density: Any) -> None:

@@ -66,10 +66,11 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
     products = plain.window.dots(wide_leaves, gram.dtype)
     weights = solve_damped_gram(gram, normalizer * damping, products).x
     spanned = plain.window.combine(weights, wide_leaves)
-    return treedef.unflatten(
+    products_with_inverse = [
         ((leaf - part) / damping).astype(given.dtype)
         for leaf, part, given in zip(wide_leaves, spanned, leaves, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(treedef, products_with_inverse)
 
 
 def _of_lists(node: Any) -> ScaleByMfacState:

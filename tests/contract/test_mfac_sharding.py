@@ -1,0 +1,86 @@
+"""M-FAC on a mesh: what an update communicates, counted in the compiled computation."""
+
+import re
+from collections import Counter
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import curvax
+
+from .collectives import collectives, largest_sum, moved
+from .meshes import AXIS_TYPES, make_mesh, network, sharded
+
+NUM_GRADS = 16
+every_mesh = pytest.mark.parametrize("kind", AXIS_TYPES)
+every_window = pytest.mark.parametrize(
+    "options", [{}, {"window_dtype": "bfloat16"}, {"density": 0.1}], ids=["dense", "low", "sparse"]
+)
+# Of its sides and its corner, leaves are split over one axis of the mesh, the other, both, none.
+SPECS = {
+    "conv": {"kernel": P(None, None, None, "x")},
+    "dense": {"bias": P("y"), "kernel": P(("x", "y"), None)},
+    "head": {"kernel": P("x", "y")},
+    "scale": P(),
+}
+
+
+def compiled_update(kind, options):
+    mesh = make_mesh(kind, (4, 2), ("x", "y"))
+    with jax.set_mesh(mesh):
+        params = sharded(network(), mesh, SPECS)
+        grads = jax.tree.map(lambda leaf: leaf + 0.5, params)
+        tx = curvax.scale_by_mfac(num_grads=NUM_GRADS, momentum=0.9, **options)
+        state = tx.init(params)
+        return jax.jit(tx.update).lower(grads, state, params).compile()
+
+
+def sums_by_devices(compiled):
+    """How many all-reduces carry arrays, and not scalars, over each set of devices."""
+    found = Counter()
+    for line in compiled.as_text().splitlines():
+        call = re.search(r"= (.*?) all-reduce(?:-start)?\(", line)
+        if call and re.search(r"\[\d", call[1]):
+            found[re.search(r"replica_groups=(.*?), \w+=", line)[1]] += 1
+    return found
+
+
+@every_window
+@every_mesh
+def test_an_update_sums_a_few_numbers_a_row_and_gathers_nothing(kind, options):
+    compiled = compiled_update(kind, options)
+    found = collectives(compiled)
+    assert not moved(found), found
+    assert largest_sum(found) <= 4 * NUM_GRADS, found
+
+
+@every_window
+@every_mesh
+def test_sums_are_combined_to_one_for_each_set_of_mesh_axes(kind, options):
+    sums = sums_by_devices(compiled_update(kind, options))
+    assert sums, "sharded leaves must be summed"
+    assert max(sums.values()) == 1, sums
+
+
+@every_mesh
+def test_rows_of_the_window_follow_their_parameter(kind):
+    mesh = make_mesh(kind, (4, 2), ("x", "y"))
+    with jax.set_mesh(mesh):
+        params = sharded(network(), mesh, SPECS)
+        state = curvax.scale_by_mfac(num_grads=NUM_GRADS).init(params)
+        for rows, leaf in zip(jax.tree.leaves(state.window), jax.tree.leaves(params), strict=True):
+            shard = rows.sharding.shard_shape(rows.shape)
+            assert shard == (NUM_GRADS, *leaf.sharding.shard_shape(leaf.shape))
+
+
+def test_a_jitted_init_builds_the_window_in_shards():
+    mesh = make_mesh("automatic")
+    params = sharded(network(), mesh)
+    for options in ({}, {"density": 0.1}):
+        tx = curvax.scale_by_mfac(num_grads=NUM_GRADS, **options)
+        shardings = curvax.state_shardings(tx, params)
+        compiled = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
+        built = compiled.memory_analysis().output_size_in_bytes
+        promised = curvax.state_bytes(tx, params)
+        assert promised <= built < 1.02 * promised  # and the table of the outputs

@@ -1,0 +1,62 @@
+"""Blocks: a layout that loses nothing, fits 16-bit positions and stays within shards."""
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.fisher._blocks import Blocks
+
+shapes = st.lists(st.integers(1, 40), max_size=4).map(tuple) | st.sampled_from(
+    [(5000,), (4099,), (300, 70), (3, 3, 40, 40), (129, 65)]
+)
+
+
+@hypothesis.given(shape=shapes)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+def test_split_and_join_are_inverse(shape):
+    leaf = np.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+    layout = Blocks.of(shape)
+    blocks = jax.jit(layout.split)(leaf)
+    assert blocks.shape == (*layout.grid, layout.size)
+    assert layout.size <= 4096
+    np.testing.assert_array_equal(jax.jit(layout.join)(blocks), leaf)
+    assert np.count_nonzero(blocks) == leaf.size  # padding is zeros, nothing is counted twice
+
+
+def test_a_block_is_a_box_of_the_leaf():
+    leaf = jnp.arange(64.0).reshape(8, 8) // 1
+    layout = Blocks((8, 8), (4, 2), (2, 4))
+    np.testing.assert_array_equal(layout.split(leaf)[0, 1], [4, 5, 6, 7, 12, 13, 14, 15])
+
+
+@pytest.mark.parametrize("shape", [(768, 3072), (30522, 768), (3, 3, 64, 64), (16,), (1600,)])
+def test_an_axis_in_eight_equal_parts_has_no_block_across_them(shape):
+    layout = Blocks.of(shape)
+    for size, blocks in zip(shape, layout.grid, strict=True):
+        assert blocks % math.gcd(size, 8) == 0
+
+
+@pytest.mark.parametrize("kind", ["automatic", "explicit"])
+@pytest.mark.parametrize("shape", [(64, 24), (40, 4120)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_sharded_leaf_is_split_and_joined_where_it_is(kind, shape, axis):
+    from tests.contract.collectives import collectives
+    from tests.contract.meshes import make_mesh
+
+    mesh = make_mesh(kind)
+    spec = jax.P(*["x" if index == axis else None for index in range(2)])
+    layout = Blocks.of(shape)
+    with jax.set_mesh(mesh):
+        values = np.random.default_rng(0).standard_normal(shape)
+        leaf = jax.device_put(jnp.asarray(values), jax.NamedSharding(mesh, spec))
+        there_and_back = jax.jit(lambda leaf: layout.join(2 * layout.split(leaf)))
+        compiled = there_and_back.lower(leaf).compile()
+        assert not collectives(compiled)
+        result = compiled(leaf)
+        assert result.sharding.is_equivalent_to(leaf.sharding, 2)
+    np.testing.assert_array_equal(result, 2 * np.asarray(leaf))

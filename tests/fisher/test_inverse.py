@@ -1,0 +1,66 @@
+"""The damped Gram system: exact where it can be, safe where it cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax.fisher import solve_damped_gram
+
+pytestmark = pytest.mark.oldest
+
+
+def gram_of(rows):
+    rows = np.asarray(rows, np.float64)
+    return rows @ rows.T
+
+
+def unit(size, index):
+    return jnp.zeros(size).at[index].set(1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_solves_the_damped_system(seed):
+    rows = np.random.default_rng(seed).standard_normal((12, 40))
+    rhs = np.random.default_rng(seed + 10).standard_normal(12)
+    with jax.enable_x64(True):
+        solution = solve_damped_gram(jnp.asarray(gram_of(rows)), 0.3, jnp.asarray(rhs))
+    expected = np.linalg.solve(gram_of(rows) + 0.3 * np.eye(12), rhs)
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-10)
+    assert not solution.failed
+
+
+def test_gradients_of_very_different_length_are_solved_to_full_precision():
+    # The condition number is 1e16; scaled to a unit diagonal it is about 10.
+    lengths = np.geomspace(1e4, 1e-4, 16)
+    rows = np.random.default_rng(0).standard_normal((16, 200)) * lengths[:, np.newaxis]
+    gram, shift = gram_of(rows), 1e-12
+    solution = solve_damped_gram(jnp.asarray(gram, jnp.float32), shift, unit(16, 15))
+    expected = np.linalg.solve(gram + shift * np.eye(16), np.eye(16)[15])
+    assert not solution.failed
+    scaled = np.abs(solution.x - expected) / np.abs(expected).max() * (lengths / lengths[-1])
+    assert scaled.max() < 1e-5
+
+
+def test_a_window_of_one_direction_takes_the_second_try_and_stays_bounded():
+    row = np.random.default_rng(0).standard_normal(50)
+    gram = jnp.asarray(gram_of(np.tile(row, (64, 1))), jnp.float32)
+    solution = solve_damped_gram(gram, 1e-12, unit(64, 7))
+    assert solution.failed
+    step = float(jnp.sum(solution.x)) * row
+    # 64 equal gradients: the exact combination is the row over 64 times its square.
+    np.testing.assert_allclose(step, row / (64 * row @ row), rtol=0.05)
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_should_every_factorization_fail_each_gradient_stands_for_itself(damage):
+    gram = jnp.eye(4).at[0, 1].set(damage).at[1, 0].set(damage)
+    solution = solve_damped_gram(gram, 1.0, unit(4, 3))
+    assert solution.failed
+    np.testing.assert_allclose(solution.x, [0, 0, 0, 0.5])
+
+
+def test_a_vector_orthogonal_to_the_window_gives_zeros():
+    solution = solve_damped_gram(jnp.eye(3), 1.0, jnp.zeros(3))
+    assert not solution.failed
+    np.testing.assert_array_equal(solution.x, np.zeros(3))
