@@ -81,9 +81,20 @@ def takes_part(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size > 0
 
 
+def widened(leaf: jax.Array) -> jax.Array:
+    """The leaf in float32 or wider; integers as they are."""
+    return leaf.astype(wide_dtype(leaf))
+
+
+def wide_dtype(leaf: Any) -> Any:
+    """Float32 or wider for real leaves; an integer's own dtype."""
+    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jnp.promote_types(leaf.dtype, jnp.float32) if real else leaf.dtype
+
+
 def row_dtype(leaf: Any, dtype: Any | None) -> Any:
     """The dtype in which rows of a leaf are kept."""
-    return jnp.promote_types(leaf.dtype, jnp.float32) if dtype is None else dtype
+    return wide_dtype(leaf) if dtype is None else dtype
 
 
 def round_to(array: jax.Array, dtype: Any) -> jax.Array:

@@ -29,11 +29,10 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_like, check_range, check_real, check_size
-from curvax.curvature._products import wide
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._sparse_window import SparseWindow
-from curvax.fisher._window import DenseWindow, Window
+from curvax.fisher._window import DenseWindow, Window, wide_dtype, widened
 from curvax.optimizers._memory import check_window_memory
 
 PyTree = Any
@@ -126,6 +125,9 @@ def scale_by_mfac(
         check_range("max_update_norm", max_update_norm, low=0, open_low=True)
     window_dtype = _checked_window_dtype(window_dtype)
 
+    def wide_zeros(leaf: Any) -> jax.Array:
+        return jnp.zeros_like(leaf, dtype=wide_dtype(leaf))
+
     def empty_window(params: optax.Params) -> Window:
         if density is None:
             return DenseWindow.empty(params, num_grads, window_dtype)
@@ -153,7 +155,7 @@ def scale_by_mfac(
             normalizer=normalizer,
             failures=jnp.zeros((), jnp.int32),
             mu=None if _is_zero(momentum) else jax.tree.map(jnp.zeros_like, params),
-            feedback=None if density is None else jax.tree.map(_wide_zeros, params),
+            feedback=None if density is None else jax.tree.map(wide_zeros, params),
         )
 
     def update(
@@ -167,40 +169,22 @@ def scale_by_mfac(
         dtype = state.gram.dtype
         finite = _is_finite(updates, dtype)
         damping_now, normalizer = scales(state.count, dtype)
-
-        slot = state.count % num_grads
-        entering = jax.tree.map(wide, updates)
-        if state.feedback is not None:
-            entering = optax.tree.add(entering, state.feedback)
-        row, kept = state.window.compress(entering)
-        window = _push_if(finite, state.window, row, slot)
-        products = window.dots(kept, dtype)
-        newest = (jnp.arange(num_grads) == slot) & finite
-        gram = _with_row(state.gram, newest, products)
-
+        window, gram, newest, feedback = _enter(updates, state, finite)
         solution = solve_damped_gram(gram, normalizer * damping_now, newest.astype(dtype))
         weights = _bounded(normalizer * solution.x, gram, max_update_norm)
-        scaled = window.combine(weights, entering)
+        scaled = window.combine(weights, updates)
         if state.mu is not None:
             scaled = jax.tree.map(lambda u, v: _average(u, v, momentum), scaled, state.mu)
 
-        accepted: dict[str, Any] = {
-            "count": optax.safe_increment(state.count),
-            "damping": damping_now,
-            "normalizer": normalizer,
-            "failures": state.failures + solution.failed,
-            "mu": None if state.mu is None else scaled,
-            "feedback": None if state.feedback is None else optax.tree.sub(entering, kept),
-        }
-        guarded: dict[str, Any] = {
-            name: jax.tree.map(
-                lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
-                value,
-                getattr(state, name),
-            )
-            for name, value in accepted.items()
-        }
-        new_state = state._replace(window=window, gram=gram, **guarded)
+        taken = state._replace(
+            count=optax.safe_increment(state.count),
+            damping=damping_now,
+            normalizer=normalizer,
+            failures=state.failures + solution.failed,
+            mu=None if state.mu is None else scaled,
+            feedback=feedback,
+        )
+        new_state = _select_small(finite, taken, state)._replace(window=window, gram=gram)
         like = updates if params is None else params
         handed_on = jax.tree.map(lambda u, p: _handed_on(u, finite, p.dtype), scaled, like)
         return handed_on, new_state
@@ -315,6 +299,26 @@ def mfac(
     )
 
 
+def _enter(
+    updates: PyTree, state: ScaleByMfacState, finite: jax.Array
+) -> tuple[Window, jax.Array, jax.Array, PyTree | None]:
+    """Window, Gram matrix, which row is the newest, and error feedback, with the gradient in.
+
+    If it is not ``finite``, window and Gram matrix are as they were and no row is the newest.
+    """
+    size = len(state.gram)
+    slot = state.count % size
+    entering = jax.tree.map(widened, updates)
+    if state.feedback is not None:
+        entering = optax.tree.add(entering, state.feedback)
+    row, kept = state.window.compress(entering)
+    window = _push_if(finite, state.window, row, slot)
+    newest = (jnp.arange(size) == slot) & finite
+    gram = _with_row(state.gram, newest, window.dots(kept, state.gram.dtype))
+    feedback = None if state.feedback is None else optax.tree.sub(entering, kept)
+    return window, gram, newest, feedback
+
+
 @jax.jit
 def _push_if(finite: jax.Array, window: Window, row: Any, slot: jax.Array) -> Window:
     # Inside a conditional XLA writes the row in place; a select would copy the window.
@@ -326,6 +330,21 @@ def _with_row(gram: jax.Array, newest: jax.Array, products: jax.Array) -> jax.Ar
     products = jnp.broadcast_to(products, newest.shape)  # of a tree without leaves: a zero
     column = jnp.where(newest, products[:, jnp.newaxis], gram)
     return jnp.where(newest[:, jnp.newaxis], products, column)
+
+
+def _select_small(
+    finite: jax.Array, taken: ScaleByMfacState, state: ScaleByMfacState
+) -> ScaleByMfacState:
+    """Everything but window and Gram matrix, which were guarded where they were written."""
+    names = tuple(name for name in state._fields if name not in ("window", "gram"))
+
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new.astype(old.dtype), old)
+
+    selected = {
+        name: jax.tree.map(select, getattr(taken, name), getattr(state, name)) for name in names
+    }
+    return state._replace(**selected)
 
 
 def _bounded(weights: jax.Array, gram: jax.Array, max_norm: Scalar | None) -> jax.Array:
@@ -388,10 +407,6 @@ def _checked_window_dtype(window_dtype: Any | None) -> Any | None:
 def _gram_dtype(params: PyTree) -> Any:
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if _is_real(leaf)]
     return jnp.result_type(jnp.float32, *dtypes)
-
-
-def _wide_zeros(leaf: Any) -> jax.Array:
-    return jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _is_real(leaf: Any) -> bool:

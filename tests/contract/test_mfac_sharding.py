@@ -83,4 +83,4 @@ def test_a_jitted_init_builds_the_window_in_shards():
         compiled = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
         built = compiled.memory_analysis().output_size_in_bytes
         promised = curvax.state_bytes(tx, params)
-        assert promised <= built < 1.02 * promised  # and the table of the outputs
+        assert promised <= built < promised + 400  # with a table of the outputs
