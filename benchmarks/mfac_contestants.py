@@ -173,33 +173,44 @@ def bert_shapes() -> list[PyTree]:
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def _sparse_rows(leaf: Any, like: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Random rows for a leaf; a block's positions are a shifted permutation, so distinct."""
-    size = Blocks.of(leaf.shape).size
-    _, *grid, kept = like.shape
-    scattered = jax.random.permutation(key, size)[:kept]
+def _sparse_rows(like: Any, block_size: int, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Random rows for a leaf, of the shape and dtype of ``like``, and their positions.
 
-    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shift = jax.random.randint(key, (*grid, 1), 0, size)
-        return jax.random.normal(key, (*grid, kept), like.dtype), (scattered + shift) % size
+    Each block has the same values times a random factor, at the same scattered positions shifted
+    at random: distinct in the block, and 32-bit numbers only in a fused loop.
+    """
+    generator = np.random.default_rng(seed)
+    scattered = generator.permutation(block_size)[: like.shape[-1]].astype(np.int32)
+    shifts = generator.integers(block_size, size=(*like.shape[:-1], 1), dtype=np.int32)
+    factors = generator.standard_normal(shifts.shape, dtype=np.float32)
+    values = generator.standard_normal(like.shape[1:], dtype=np.float32)
+    positions = _expanded_positions(shifts, scattered, block_size)
+    return _expanded(factors, values, like.dtype), positions
 
-    def narrow(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, positions = one(key)
-        return values, positions.astype(jnp.int16)
 
-    return jax.jit(lambda keys: jax.lax.map(narrow, keys))(jax.random.split(key, like.shape[0]))
+@jax.jit(static_argnums=2)
+def _expanded(factors: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
+    return (factors * values).astype(dtype)
+
+
+@jax.jit(static_argnums=2)
+def _expanded_positions(shifts: jax.Array, scattered: jax.Array, size: int) -> jax.Array:
+    return ((scattered + shifts) % size).astype(jnp.int16)
 
 
 def large_state(tx: Any, shapes: PyTree) -> Any:
     """A state with a full window, made in place of 1024 steps."""
     state = jax.eval_shape(tx.init, shapes)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    leaves = zip(shapes, state.window.values, keys, strict=True)
-    values, positions = zip(*(_sparse_rows(*leaf) for leaf in leaves), strict=True)
+    leaves = zip(shapes, state.window.values, strict=True)
+    pairs = [
+        _sparse_rows(like, Blocks.of(leaf.shape).size, seed)
+        for seed, (leaf, like) in enumerate(leaves)
+    ]
+    values, positions = zip(*pairs, strict=True)
     kept = sum(math.prod(v.shape[1:]) for v in values)
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), state._replace(window=None)
-    )._replace(
+    rest = state._replace(window=None)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+    return zeros._replace(
         window=SparseWindow(list(values), list(positions)),
         gram=kept * jnp.eye(len(state.gram)),  # random rows are all but orthogonal
         count=jnp.asarray(len(state.gram), jnp.int32),

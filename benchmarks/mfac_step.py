@@ -140,7 +140,7 @@ FORMS = (
 def measure_accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
     problem = models_flax.resnet20()
     loss = lambda p: problem.loss(p, problem.inputs, problem.targets, problem.statistics)[0]  # noqa: E731
-    mean = jax.grad(loss)(problem.params)
+    mean = jax.jit(jax.grad(loss))(problem.params)
     number, dampings = args.accuracy_size, (1e-5, 1e-6, 1e-7)
     streams = {damping: curvax.scale_by_mfac(number, damping) for damping in dampings}
     last = {damping: jax.jit(tx.update) for damping, tx in streams.items()}
@@ -178,7 +178,6 @@ def measure_accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _streamed_gram(window: PyTree, number: int) -> jax.Array:
     """The Gram matrix whose row i was summed, leaf by leaf, when gradient i came."""
-
     lower = jnp.tril(jnp.stack([_naive_products(window, index) for index in range(number)]))
     return lower + jnp.tril(lower, -1).T
 

@@ -15,7 +15,8 @@ from curvax.curvature._products import linearized_hvp, wide
 PyTree = Any
 
 
-def _is_hole(node: Any) -> bool:
+def is_hole(node: Any) -> bool:
+    """Whether ``node`` is what ``optax.masked`` and ``optax.partition`` leave of a leaf."""
     return isinstance(node, optax.MaskedNode)
 
 
@@ -28,10 +29,10 @@ def leaves_of_updates(hessian_diag: PyTree, updates: PyTree) -> PyTree:
     """
     given = dict(jax.tree_util.tree_leaves_with_path(hessian_diag))
     given = {_names(path): leaf for path, leaf in given.items()}
-    entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_hole)
-    holes = [_names(path) for path, node in entries if _is_hole(node)]
+    entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_hole)
+    holes = [_names(path) for path, node in entries if is_hole(node)]
     leaves = [
-        node if _is_hole(node) else _matching(given.pop(_names(path), None), path, node)
+        node if is_hole(node) else _matching(given.pop(_names(path), None), path, node)
         for path, node in entries
     ]
     for names in given:
@@ -91,7 +92,7 @@ def curvature_of_function(
             return estimate()
         return jax.lax.cond(due, estimate, lambda: jax.tree.map(jnp.zeros_like, params))
     except Exception as error:
-        if not any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole))):
+        if not any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
             raise
         raise ValueError(
             "obj_fn failed on params with holes, as optax.masked and optax.partition hand them "
@@ -148,5 +149,5 @@ def merge_masked(params: PyTree, masked: PyTree) -> PyTree:
       [-0.05 -0.05]
     """
     return jax.tree.map(
-        lambda part, full: full if _is_hole(part) else part, masked, params, is_leaf=_is_hole
+        lambda part, full: full if is_hole(part) else part, masked, params, is_leaf=is_hole
     )

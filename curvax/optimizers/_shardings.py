@@ -6,6 +6,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from curvax.optimizers._curvature_input import is_hole
+
 PyTree = Any
 
 
@@ -56,10 +58,13 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         state,
         params,
         transform_non_params=lambda _: replicated,
+        is_leaf=is_hole,  # of optax.masked and optax.partition
     )
 
 
-def _like_its_parameter(leaf: jax.ShapeDtypeStruct, param: Any) -> Sharding:
+def _like_its_parameter(leaf: Any, param: Any) -> Any:
+    if is_hole(leaf):
+        return leaf
     if leaf.shape == param.shape:
         return param.sharding
     if not isinstance(param.sharding, NamedSharding):

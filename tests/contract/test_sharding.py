@@ -80,6 +80,19 @@ def test_a_jitted_init_keeps_the_shardings_it_is_given(row):
     assert_follows_params(tx, jax.jit(tx.init, out_shardings=wanted)(params), params)
 
 
+@every_layout
+def test_shardings_are_known_behind_masks(row):
+    mesh = make_mesh("automatic")
+    params = sharded(network(), mesh)
+    labels = {"conv": "ours", "dense": "adam", "head": "ours", "scale": "adam"}
+    for tx in (
+        optax.partition({"ours": row.make(), "adam": optax.adam(0.1)}, labels),
+        optax.masked(row.make(), {"conv": True, "dense": False, "head": True, "scale": False}),
+    ):
+        wanted = curvax.state_shardings(tx, params)
+        assert_follows_params(tx, jax.jit(tx.init, out_shardings=wanted)(params), params)
+
+
 def network_loss(params, images):
     """Uses every leaf, and couples all entries."""
     dims = ("NHWC", "HWIO", "NHWC")
