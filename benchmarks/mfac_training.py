@@ -227,12 +227,12 @@ def step_loop(name: str, data: Data) -> timing.Loop:
 
 
 def table(results: dict[str, Any]) -> str:
-    settings = results["settings"]
+    epochs, seeds = (results["settings"][key] for key in ("epochs", "seeds"))
     lines = [
         f"Measured on {results['name']} by `python benchmarks/mfac_training.py`.",
         "",
-        f"Fashion-MNIST, a CNN of {results['parameters']:,} parameters, batches of {BATCH_SIZE}, "
-        f"{settings['epochs']} epochs; mean and standard deviation over {settings['seeds']} seeds.",
+        f"Fashion-MNIST, a CNN of {results['parameters']:,} parameters, {epochs} epochs of batches of"
+        f" {BATCH_SIZE}, gradients clipped to norm 1; mean ± standard deviation over {seeds} seeds.",
         "",
         "| optimizer | training loss | test loss | test accuracy | ms a step | rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -115,15 +115,16 @@ class SparseWindow(NamedTuple):
 @jax.jit
 def _dots(pairs: Pairs, blocks: list[jax.Array]) -> jax.Array:
     """Products of the rows with a vector in blocks, of shape (m,)."""
+    dtypes = [values.dtype for values, _ in pairs]
 
     def block_sums(row: Pairs) -> list[jax.Array]:
         return [
-            jnp.sum(values.astype(block.dtype) * _take(block, positions), axis=-1)
-            for (values, positions), block in zip(row, blocks, strict=True)
+            jnp.sum(_from_bits(bits, dtype, block.dtype) * _take(block, positions), axis=-1)
+            for (bits, positions), block, dtype in zip(row, blocks, dtypes, strict=True)
         ]
 
     # Blocks are summed after the loop, so that devices communicate once, not once a row.
-    sums = jax.lax.map(block_sums, pairs)
+    sums = jax.lax.map(block_sums, _as_bits(pairs))
     totals = [jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in sums]
     return pairwise_sum(jnp.stack(totals, axis=-1))
 
@@ -131,15 +132,31 @@ def _dots(pairs: Pairs, blocks: list[jax.Array]) -> jax.Array:
 @jax.jit
 def _combination(weights: jax.Array, pairs: Pairs, zeros: list[jax.Array]) -> list[jax.Array]:
     """The weighted sum of the rows, in blocks."""
+    dtypes = [values.dtype for values, _ in pairs]
 
     def add(total: list[jax.Array], row: tuple[jax.Array, Pairs]) -> tuple[list[jax.Array], None]:
         weight, pairs = row
         return [
-            _add_at(blocks, positions, weight * values.astype(weight.dtype))
-            for blocks, (values, positions) in zip(total, pairs, strict=True)
+            _add_at(blocks, positions, weight * _from_bits(bits, dtype, weight.dtype))
+            for blocks, (bits, positions), dtype in zip(total, pairs, dtypes, strict=True)
         ], None
 
-    return jax.lax.scan(add, zeros, (weights, pairs))[0]
+    return jax.lax.scan(add, zeros, (weights, _as_bits(pairs)))[0]
+
+
+def _as_bits(pairs: Pairs) -> Pairs:
+    """Bfloat16 values as integers: XLA's CPU backend widens the rows of a loop all at once."""
+
+    def bits(values: jax.Array) -> jax.Array:
+        if values.dtype != jnp.bfloat16:
+            return values
+        return jax.lax.bitcast_convert_type(values, jnp.uint16)
+
+    return [(bits(values), positions) for values, positions in pairs]
+
+
+def _from_bits(bits: jax.Array, dtype: Any, wide: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype).astype(wide)
 
 
 def kept_per_block(blocks: Blocks, density: float) -> int:

@@ -8,7 +8,12 @@ import curvax
 
 def test_the_window_is_updated_in_place_and_never_copied():
     params = {"kernel": jnp.zeros((64, 32)), "image": jnp.zeros((3, 3, 4, 8))}
-    for options in ({}, {"window_dtype": "bfloat16"}, {"density": 0.05}):
+    for options in (
+        {},
+        {"window_dtype": "bfloat16"},
+        {"density": 0.05},
+        {"density": 0.5, "window_dtype": "bfloat16"},
+    ):
         tx = curvax.scale_by_mfac(num_grads=256, **options)
         state = tx.init(params)
         window = sum(leaf.nbytes for leaf in jax.tree.leaves(state.window))
