@@ -231,8 +231,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"Measured on {results['name']} by `python benchmarks/mfac_training.py`.",
         "",
-        f"Fashion-MNIST, a CNN of {results['parameters']:,} parameters, {epochs} epochs of batches of"
-        f" {BATCH_SIZE}, gradients clipped to norm 1; mean ± standard deviation over {seeds} seeds.",
+        f"Fashion-MNIST, a CNN of {results['parameters']:,} parameters, {epochs} epochs of batches"
+        f" of {BATCH_SIZE}, gradients clipped to norm 1; mean ± deviation over {seeds} seeds.",
         "",
         "| optimizer | training loss | test loss | test accuracy | ms a step | rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
