@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench docs notebooks format check clean
+.PHONY: demo test bench bench-mfac docs notebooks format check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)
+
+bench-mfac: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/mfac_step.py $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

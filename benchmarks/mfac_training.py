@@ -15,9 +15,7 @@ update bounds; clipping; filled scaling) against 11 of Adam (b2, clipping) and 5
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import re
 import sys
@@ -260,17 +258,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def where() -> dict[str, Any]:
-    machine = timing.hardware()
-    device = machine["cpu" if machine["platform"] == "cpu" else "device"]
-    return {
-        "name": f"{device}, {machine['cpu_cores']} cores",
-        "hardware": machine,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {p: importlib.metadata.version(p) for p in ("curvax", "jax", "optax", "flax")},
-    }
-
-
 def main() -> None:
     args = parse_args()
     data = load(args.data_dir)
@@ -281,18 +268,12 @@ def main() -> None:
         contestants[name]["step"] = row
     shapes = jax.eval_shape(model.init, jax.random.key(0), data.train[0][:1])
     results = {
-        **where(),
+        **timing.environment(("curvax", "jax", "optax", "flax")),
         "settings": {"epochs": args.epochs, "seeds": args.seeds, "batch_size": BATCH_SIZE},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "contestants": contestants,
     }
-    machine = results["hardware"]
-    slug = re.sub(r"[^a-z0-9]+", "_", f"{machine['platform']} {results['name']}".lower())
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"mfac_training_{slug.strip('_')}"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(results))
-    print(table(results))
+    timing.write(results, table(results), "mfac_training", args.output)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,12 @@ def test_a_schedule_is_called_with_the_steps_taken_so_far(row):
     updates = {}
     for rate in (0.1, learning_rate):
         tx = row.make(learning_rate=rate)
+        update = jax.jit(
+            lambda state, tx=tx: tx.update(grads, state, params, **row.from_diag(grads))
+        )
         state = tx.init(params)
         for step in range(3):
-            updates[rate, step], state = tx.update(grads, state, params, **row.from_diag(grads))
+            updates[rate, step], state = update(state)
     for step in range(3):
         expected = jax.tree.map(lambda u, n=step + 1: n * u, updates[0.1, step])
         assert_trees_close(updates[learning_rate, step], expected, rtol=1e-5)

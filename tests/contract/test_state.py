@@ -37,7 +37,8 @@ def make_step(row, tx):
 def test_updates_have_the_dtypes_of_params(row, params, dtype):
     tx = row.make()
     grads = jax.tree.map(jnp.ones_like, params)
-    updates, state = tx.update(grads, tx.init(params), params, **row.from_diag(grads))
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p, **row.from_diag(g)))
+    updates, state = step(grads, tx.init(params), params)
     assert types(updates) == types(params)
     for leaf in jax.tree.leaves((updates, optax.tree.unwrap_random_key_data(state))):
         assert bool(jnp.all(jnp.isfinite(leaf)))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from .optimizers import every_kind, every_row
+from .optimizers import every_kind, every_layout, every_row
 from .problems import coupled_loss, network_params, small_params
 from .trees import assert_trees_close, assert_trees_equal, types
 
@@ -67,7 +67,7 @@ def is_shape(node):
     return isinstance(node, tuple)
 
 
-@every_row
+@every_layout
 # A root of None would be a diagonal that was not given.
 @hypothesis.given(shapes=odd_trees().filter(lambda tree: tree is not None))
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
