@@ -2,8 +2,8 @@ r"""Solves a symmetric positive definite system by a blocked Cholesky factorizat
 
 The factorization of blocks of 128 is XLA's; everything between is matrix products. On a CPU, XLA
 hands a whole matrix to LAPACK, whose threads then wait actively for some 20 ms and take the cores
-from the two passes over M-FAC's window: at $m = 512$ that doubles the time of a step
-(``benchmarks/mfac_solve.py``). Blocks of 128 are factored by a single thread.
+from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then took 85
+(``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single thread.
 """
 
 import jax

@@ -11,7 +11,7 @@ Where this differs from the paper and the published code, and why:
 
 * $u_t = m\, G^T x$ with $K x = e_j$, $K = m \lambda I + G G^T$: the push-through identity. It
   equals the published difference $(g - G^T c)/\lambda$ and does not cancel: in float32, at
-  $\lambda = 10^{-7}$, it has 4 to 6 more digits (`curvax.fisher._inverse`).
+  $\lambda = 10^{-7}$, it has 4 to 5 more digits (`curvax.fisher._inverse`).
 * $K$ is factored by Cholesky at each step and the residual checked, in place of the recurrences;
   a failure is counted, and the step taken with a larger damping.
 * A gradient that is not finite never enters the window, the momentum or the error feedback: the
@@ -235,7 +235,7 @@ def mfac(
         others in the window do not explain.
       num_grads: the number $m$ of gradients in the window.
       damping: the damping $\lambda$, a positive number or a schedule of the gradients taken so
-        far. It is on the scale of squared gradient entries: 1e-6 to 1e-4 is usual. Where
+        far. It is on the scale of squared gradient entries: 1e-6 to 1e-3 is usual. Where
         gradients vanish, the step is the gradient times ``learning_rate / damping``.
       momentum: decay rate $\beta$ of an average of the updates, after preconditioning as
         published and without bias correction, in [0, 1). Heavy-ball momentum is
