@@ -10,6 +10,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
+# Tests mostly compile small programs: code generated in haste halves their time. The tests with
+# the oldest dependencies, the notebooks and the benchmarks run what users run.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+test: export XLA_FLAGS := --xla_cpu_use_fusion_emitters=false
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

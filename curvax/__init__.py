@@ -3,8 +3,11 @@
 Optimizers: `adahessian`, `mfac`, and what goes with them in a chain.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
 matrices, most of them beside value and gradient in one pass.
+The inverse empirical Fisher matrix of given gradients: `inverse_fisher`; and Optimal Brain
+Surgeon on it: `curvax.pruning`.
 """
 
+from curvax import pruning
 from curvax.curvature import (
     DiagEstimate,
     OutputLoss,
@@ -24,6 +27,7 @@ from curvax.curvature import (
     value_grad_and_hessian_diag_from_state,
     value_grad_and_hvp,
 )
+from curvax.fisher import inverse_fisher
 from curvax.optimizers import (
     AccumulateHessianDiagState,
     Block,
@@ -63,10 +67,12 @@ __all__ = [
     "hessian_trace",
     "hutchinson_estimator",
     "hvp",
+    "inverse_fisher",
     "linearized_hvp",
     "merge_masked",
     "mfac",
     "mfac_ihvp",
+    "pruning",
     "random_probe",
     "scale_by_adahessian",
     "scale_by_mfac",

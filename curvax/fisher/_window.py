@@ -69,11 +69,11 @@ class DenseWindow(NamedTuple):
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         pairs = zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True)
-        sums = [_leaf_dots(rows, leaf).astype(dtype) for rows, leaf in pairs if rows.size]
+        sums = [leaf_dots(rows, leaf).astype(dtype) for rows, leaf in pairs if rows.size]
         return pairwise_sum(jnp.concatenate(sums, axis=1)) if sums else jnp.zeros((), dtype)
 
     def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
-        return jax.tree.map(lambda rows, leaf: _leaf_combine(rows, weights, leaf), self.rows, like)
+        return jax.tree.map(lambda rows, leaf: leaf_combine(rows, weights, leaf), self.rows, like)
 
 
 def takes_part(leaf: Any) -> bool:
@@ -140,7 +140,7 @@ def pairwise_sum(columns: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
+def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
     """Sums of each row times the vector, over a few parts of it: shape (m, parts)."""
     if rows.dtype == jnp.bfloat16:
         return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
@@ -165,7 +165,7 @@ def _contract(rows: jax.Array, columns: jax.Array, rank: int, dtype: Any) -> jax
 
 
 @jax.jit
-def _leaf_combine(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Array:
+def leaf_combine(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Array:
     if not len(rows):
         return jnp.zeros_like(like, dtype=weights.dtype)
     if rows.dtype == jnp.bfloat16:

@@ -1,0 +1,155 @@
+r"""The inverse of one empirical Fisher matrix over all columns, through the Gram matrix.
+
+With $K = m \lambda I + G G^T = C C^T$ and $W = C^{-1} G$,
+
+$$
+F^{-1} v = \frac1\lambda \left(v - W^T W v\right), \qquad
+\left[F^{-1}\right]_{ab} = \frac1\lambda \left(\delta_{ab} - W_a^T W_b\right)
+$$
+
+$W$ is never kept: two passes over $G$ make a product, one makes the diagonal.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher._columns import Columns
+from curvax.fisher._inverse_factor import gram, inverse_factor, squares_below
+from curvax.fisher._window import leaf_combine, leaf_dots, pairwise_sum
+
+
+class Part(NamedTuple):
+    """Some columns of one leaf on the device; ``start`` is None where they are the whole leaf."""
+
+    leaf: int
+    start: int | None
+    rows: jax.Array
+
+    def of(self, vector: jax.Array) -> jax.Array:
+        """The entries of a leaf's vector that belong to these columns."""
+        if self.start is None:
+            return vector
+        return vector.reshape(-1)[self.start : self.start + self.rows.shape[1]]
+
+
+class FullInverse:
+    """$F^{-1}$ over all columns; a leaf on devices keeps its sharding, one of NumPy is streamed."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        damping: float,
+        *,
+        batch_bytes: int,
+        kept: Sequence[jax.Array] | None = None,
+    ) -> None:
+        r"""Factors $K$.
+
+        Args:
+          columns: the gradients.
+          damping: $\lambda$.
+          batch_bytes: about what the columns that are on the device together may take.
+          kept: for each leaf a bool for each entry: columns without it count as zeros in $K$.
+        """
+        self.columns = columns
+        self._damping = damping
+        self._batch_bytes = batch_bytes
+        self._mask = kept
+        size = columns.num_rows
+        total = jnp.zeros((size, size), columns.dtype)
+        for part in self._parts():
+            total = total + gram(self._kept(part))
+        shift = size * damping * jnp.eye(size, dtype=columns.dtype)
+        self._factor, self.failed = jax.jit(inverse_factor)(total + shift)
+
+    def _parts(self) -> Iterator[Part]:
+        columns = self.columns
+        width = max(1, self._batch_bytes // (columns.num_rows * jnp.dtype(columns.dtype).itemsize))
+        for index, leaf in enumerate(columns.leaves):
+            if not leaf.size:
+                continue
+            if not isinstance(leaf, np.ndarray):
+                yield Part(index, None, leaf.astype(columns.dtype))
+                continue
+            flat = leaf.reshape(len(leaf), -1)
+            for start in range(0, flat.shape[1], width):
+                rows = jnp.asarray(flat[:, start : start + width], columns.dtype)
+                yield Part(index, start, rows)
+
+    def _kept(self, part: Part) -> jax.Array:
+        return part.rows if self._mask is None else part.rows * part.of(self._mask[part.leaf])
+
+    def _assemble(self, pieces: Iterator[tuple[int, jax.Array]]) -> list[jax.Array]:
+        """Leaves from the pieces of each, in order."""
+        collected: list[list[jax.Array]] = [[] for _ in self.columns.leaves]
+        for index, piece in pieces:
+            collected[index].append(piece)
+        pairs = zip(collected, self.columns.shapes, strict=True)
+        return [_join(parts, shape, self.columns.dtype) for parts, shape in pairs]
+
+    def solve(self, vectors: Sequence[jax.Array]) -> list[jax.Array]:
+        weights = self._weights(vectors)
+
+        def piece(part: Part) -> jax.Array:
+            vector = part.of(vectors[part.leaf])
+            return (vector - leaf_combine(part.rows, weights, vector)) / self._damping
+
+        return self._assemble((part.leaf, piece(part)) for part in self._parts())
+
+    def compensate(self, vectors: Sequence[jax.Array]) -> list[jax.Array]:
+        r"""$G_S^T K_S^{-1} G v$ over the kept columns $S$: what they take over from $v$."""
+        weights = self._weights(vectors)
+        return self._assemble(
+            (part.leaf, leaf_combine(self._kept(part), weights, part.of(vectors[part.leaf])))
+            for part in self._parts()
+        )
+
+    def _weights(self, vectors: Sequence[jax.Array]) -> jax.Array:
+        """$K^{-1} G v$."""
+        sums = [leaf_dots(part.rows, part.of(vectors[part.leaf])) for part in self._parts()]
+        products = pairwise_sum(jnp.concatenate(sums, axis=1))
+        return _apply(self._factor.T, _apply(self._factor, products))
+
+    def diagonal(self) -> list[jax.Array]:
+        def piece(part: Part) -> jax.Array:
+            return guarded_diagonal(self._factor, part.rows, self._damping)
+
+        return self._assemble((part.leaf, piece(part)) for part in self._parts())
+
+    def element(self, i: int, j: int) -> jax.Array:
+        first, second = (
+            _apply(self._factor, self.columns.take(index, 1)[:, 0]) for index in (i, j)
+        )
+        return ((i == j) - jnp.sum(first * second)) / self._damping
+
+
+@jax.jit
+def guarded_diagonal(factor: jax.Array, rows: jax.Array, damping: float) -> jax.Array:
+    r"""The diagonal of $F^{-1}$, between the bounds that hold for it whatever the rounding.
+
+    $1 / F_{ii} \le [F^{-1}]_{ii} \le 1 / \lambda$: the difference that gives the entry loses
+    digits where it is small, and could even be negative.
+    """
+    projected, squares = squares_below(factor, rows)
+    entry = (1 - projected) / damping
+    return jnp.clip(entry, 1 / (damping + squares / len(rows)), 1 / damping)
+
+
+@jax.jit
+def _apply(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return jnp.matmul(matrix, vector, precision=HIGHEST)
+
+
+def _join(parts: list[jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if not parts:
+        return jnp.zeros(shape, dtype)
+    return (
+        parts[0]
+        if len(parts) == 1 and parts[0].shape == shape
+        else (jnp.concatenate(parts).reshape(shape))
+    )

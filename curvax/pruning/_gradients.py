@@ -1,0 +1,224 @@
+"""Collects the gradients that make up an empirical Fisher matrix."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_count, checked_loss, path_name
+from curvax._progress import progress_bar
+from curvax.fisher._window import insert_row, stacked_zeros, wide_dtype
+from curvax.pruning._leaves import check_mask
+
+PyTree = Any
+
+
+def collect_gradients(
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    batches: Iterable[Any],
+    num_grads: int,
+    *,
+    per_example: bool = False,
+    micro_batch_size: int | None = None,
+    mask: PyTree | None = None,
+    storage: str | Path = "device",
+    progress: bool = True,
+) -> PyTree:
+    r"""The gradients of a loss on so many batches, or examples.
+
+    The gradient is compiled once and called from the host: the gradients of convolutions run
+    several times slower inside a scan on XLA's CPU backend. ``loss_fn`` should be the loss in
+    evaluation mode: without dropout, and with the running statistics of batch normalization.
+
+    Args:
+      loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch.
+      params: the parameters.
+      batches: gives the further arguments of ``loss_fn``, one batch after the other: a tuple of
+        them, or a single one that is no tuple. Arrays in them have the examples along the first
+        axis.
+      num_grads: the number of gradients $m$.
+      per_example: whether each example counts as a gradient, not each batch. Means over batches,
+        as published, are less noisy and cheaper; gradients of examples give a Fisher matrix of
+        the Hessian's scale.
+      micro_batch_size: how many examples are differentiated together, to bound memory: the mean
+        over a batch is summed up from such parts of it, and ``per_example`` differentiates so
+        many under ``vmap``, by default one after the other. A ``vmap`` pays for dense networks;
+        the gradients of convolutions with a kernel for each example are slow on a CPU.
+      mask: a tree of bool like ``params``; gradients are zero where it is False.
+      storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
+        ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files.
+      progress: whether a progress bar is shown, by tqdm where that is installed.
+
+    Returns:
+      A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, float32 or wider.
+
+    Raises:
+      ValueError: if the batches end early, a gradient is not finite, ``mask`` does not match, or
+        the loss is not a real scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import pruning
+      >>> def loss_fn(weights, inputs, targets):
+      ...     return jnp.mean((inputs @ weights - targets) ** 2)
+      >>> batches = [(jnp.eye(2), jnp.ones(2)), (jnp.ones((2, 2)), jnp.zeros(2))]
+      >>> pruning.collect_gradients(loss_fn, jnp.zeros(2), batches, 2, progress=False)
+      Array([[-1., -1.],
+             [ 0.,  0.]], dtype=float32)
+    """
+    check_count("num_grads", num_grads)
+    if micro_batch_size is not None:
+        check_count("micro_batch_size", micro_batch_size)
+    check_mask(mask, params)
+    gradients = (_examples if per_example else _means)(loss_fn, params, batches, micro_batch_size)
+    rows, insert = _storage(params, num_grads, storage)
+    number = 0
+    with progress_bar(num_grads, "gradients", progress) as advance:
+        for gradient in gradients:
+            masked = _masked(gradient, mask)
+            _check_finite(masked, number)
+            rows = insert(rows, masked, number)
+            number += 1
+            advance()
+            if number == num_grads:
+                return rows
+    raise ValueError(
+        f"batches gave {number} gradients, num_grads={num_grads} asks for more: give more data, "
+        "lower num_grads, or pass an iterable that starts anew (a list, not a used-up iterator)."
+    )
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """The further arguments of a loss: a tuple as it is, anything else by itself."""
+    return tuple(batch) if isinstance(batch, tuple) else (batch,)
+
+
+def _means(
+    loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
+) -> Iterator[PyTree]:
+    """The gradient of each batch's loss, from parts of it where ``size`` says so."""
+    gradient = jax.jit(jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True))
+    for batch in batches:
+        arguments = as_arguments(batch)
+        if size is None:
+            yield gradient(params, *arguments)[0]
+            continue
+        number, total = _num_examples(arguments), None
+        for part, share in _parts(arguments, number, size):
+            scaled = jax.tree.map(lambda g, s=share: s * g, gradient(params, *part)[0])
+            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
+        yield total
+
+
+def _examples(
+    loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
+) -> Iterator[PyTree]:
+    """The gradient of the loss on each example, a batch of one."""
+    loss = checked_loss(loss_fn, has_aux=False)
+
+    def of_one(params: PyTree, arguments: Any) -> PyTree:
+        single = jax.tree.map(lambda x: x[jnp.newaxis], arguments)
+        return jax.grad(loss, has_aux=True)(params, *single)[0]
+
+    one, several = jax.jit(of_one), jax.jit(jax.vmap(of_one, in_axes=(None, 0)))
+    for batch in batches:
+        arguments = as_arguments(batch)
+        number = _num_examples(arguments)
+        if size is None or size == 1:
+            for index in range(number):
+                yield one(params, jax.tree.map(lambda x, i=index: x[i], arguments))
+            continue
+        for part, _ in _parts(arguments, number, size):
+            rows = several(params, part)
+            for index in range(_num_examples(part)):
+                yield jax.tree.map(lambda x, i=index: x[i], rows)
+
+
+def _num_examples(arguments: Any) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(arguments)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "per_example and micro_batch_size cut batches along the first axis, which must be the "
+            f"examples of every array; got first axes {sorted(sizes)}."
+        )
+    return int(next(iter(sizes))[0])
+
+
+def _parts(arguments: Any, number: int, size: int) -> Iterator[tuple[Any, float]]:
+    """Parts of a batch and their shares of its examples."""
+    for start in range(0, number, size):
+        stop = min(start + size, number)
+        part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], arguments)
+        yield part, (stop - start) / number
+
+
+@jax.jit
+def _masked(gradient: PyTree, mask: PyTree | None) -> PyTree:
+    if mask is None:
+        return gradient
+    return jax.tree.map(lambda g, kept: jnp.where(kept, g, 0), gradient, mask)
+
+
+@jax.jit
+def _finite(gradient: PyTree) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)]
+
+
+def _check_finite(gradient: PyTree, number: int) -> None:
+    finite = jax.device_get(_finite(gradient))
+    if not all(finite):
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(gradient)]
+        bad = ", ".join(path for path, good in zip(paths, finite, strict=True) if not good)
+        raise ValueError(
+            f"gradient {number} is not finite at {bad}: check the loss and the batch behind it."
+        )
+
+
+def _storage(
+    params: PyTree, num_grads: int, storage: str | Path
+) -> tuple[PyTree, Callable[[PyTree, PyTree, int], PyTree]]:
+    """Empty rows, and a function that fills one."""
+    if storage == "device":
+        rows = jax.tree.map(lambda x: stacked_zeros(x, num_grads, wide_dtype(x)), params)
+        return rows, _insert_on_device
+    if storage == "host":
+        return _arrays(params, num_grads, lambda _, shape, dtype: np.empty(shape, dtype)), _fill
+    if not isinstance(storage, Path):
+        raise ValueError(
+            f"storage must be 'device', 'host' or a pathlib.Path of a folder, got {storage!r}."
+        )
+    storage.mkdir(parents=True, exist_ok=True)
+
+    def mapped(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        path = storage / f"{name.replace('/', '.')}.npy"
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    return _arrays(params, num_grads, mapped), _fill
+
+
+def _arrays(
+    params: PyTree, num_grads: int, make: Callable[[str, tuple[int, ...], Any], np.ndarray]
+) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: make(
+            path_name(path), (num_grads, *jnp.shape(leaf)), np.dtype(wide_dtype(leaf))
+        ),
+        params,
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert_on_device(rows: PyTree, gradient: PyTree, slot: jax.Array) -> PyTree:
+    wide = jax.tree.map(lambda g, kept: g.astype(kept.dtype), gradient, rows)
+    return insert_row(rows, wide, slot)
+
+
+def _fill(rows: PyTree, gradient: PyTree, slot: int) -> PyTree:
+    for kept, new in zip(jax.tree.leaves(rows), jax.tree.leaves(gradient), strict=True):
+        kept[slot] = new
+    return rows

@@ -1,0 +1,117 @@
+"""Keeps pruned weights at zero in any chain of Optax transformations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.optimizers._curvature_input import is_hole, leaves_of_updates
+from curvax.pruning._leaves import check_mask
+
+PyTree = Any
+
+
+class KeepPrunedState(NamedTuple):
+    """State of `keep_pruned`.
+
+    Attributes:
+      mask: a tree of bool like the params, True for the weights that are kept. A new one may be
+        put in its place, with ``optax.tree.set(state, mask=mask)``, and nothing is recompiled.
+      inner_state: the state of the wrapped transformation, if there is one.
+    """
+
+    mask: PyTree
+    inner_state: Any
+
+
+def keep_pruned(
+    mask: PyTree, inner: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""A transformation that keeps pruned weights at zero, so that fine-tuning is ordinary.
+
+    With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn``
+    with zeros at the pruned weights, so that its moments, window and curvature know of kept ones
+    only, and the update of a pruned weight $w$ is $-w$: exactly zero afterwards, whatever was
+    added in between. Without ``inner`` the transformation itself does the last: put it at the end
+    of a chain. In front of a chain it keeps moments at zero.
+
+    Args:
+      mask: a tree of bool like the params, True for the weights that are kept.
+      inner: the optimizer to wrap.
+
+    Returns:
+      An Optax transformation; ``update`` needs ``params``.
+
+    Raises:
+      ValueError: at ``init``, if ``mask`` does not match the params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import pruning
+      >>> params, mask = jnp.array([1.0, 0.0]), jnp.array([True, False])
+      >>> tx = pruning.keep_pruned(mask, optax.adam(0.1))
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates), optax.tree.get(state, "mu"))
+      [0.9 0. ] [0.1 0. ]
+    """
+    wrapped = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+
+    def init(params: PyTree) -> KeepPrunedState:
+        present = _present(mask, params)
+        check_mask(present, params)
+        # Copies: donating the state must not delete the caller's mask.
+        return KeepPrunedState(jax.tree.map(jnp.array, present), wrapped.init(params))
+
+    def update(
+        updates: PyTree, state: KeepPrunedState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, KeepPrunedState]:
+        if params is None:
+            raise ValueError("keep_pruned needs params: call update(updates, state, params).")
+        kept = state.mask
+        if inner is not None:
+            extra_args = _masked_arguments(extra_args, kept, updates)
+        updates, inner_state = wrapped.update(
+            _where_kept(kept, updates), state.inner_state, params, **extra_args
+        )
+        updates = jax.tree.map(
+            lambda k, u, p: u if is_hole(u) else jnp.where(k, u, -p.astype(u.dtype)),
+            kept,
+            updates,
+            params,
+            is_leaf=is_hole,
+        )
+        return updates, KeepPrunedState(kept, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where_kept(kept: PyTree, tree: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda k, leaf: leaf if is_hole(leaf) else jnp.where(k, leaf, 0),
+        kept,
+        tree,
+        is_leaf=is_hole,
+    )
+
+
+def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree) -> dict[str, Any]:
+    """Curvature as a network without the pruned weights has it."""
+    masked = dict(extra_args)
+    if masked.get("hessian_diag") is not None:
+        diag = leaves_of_updates(masked["hessian_diag"], updates)
+        masked["hessian_diag"] = _where_kept(kept, diag)
+    for name in ("obj_fn", "value_fn"):
+        if masked.get(name) is not None:
+            masked[name] = _of_kept(masked[name], kept)
+    return masked
+
+
+def _of_kept(fun: Any, kept: PyTree) -> Any:
+    return lambda params: fun(_where_kept(kept, params))
+
+
+def _present(mask: PyTree, params: PyTree) -> PyTree:
+    """The mask with the holes that ``optax.masked`` has left in the params."""
+    holes = any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole)))
+    return leaves_of_updates(mask, params) if holes else mask

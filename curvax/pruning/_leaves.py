@@ -1,0 +1,104 @@
+"""Which leaves are pruned, and the weights of theirs that are still alive."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_like, path_name
+
+PyTree = Any
+Predicate = Callable[[str, Any], bool]
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a kernel, as published: neither a bias nor a normalization's scale.
+
+    Args:
+      path: the leaf's path, ``layers/0/kernel``.
+      leaf: an array.
+
+    Returns:
+      True for real leaves of two axes and more whose name is not bias, scale or embedding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax.pruning import is_kernel
+      >>> is_kernel("dense/kernel", jnp.zeros((3, 2))), is_kernel("dense/bias", jnp.zeros(2))
+      (True, False)
+    """
+    name = path.rpartition("/")[2].lower()
+    real = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return real and jnp.ndim(leaf) >= 2 and name not in {"bias", "scale", "embedding"}
+
+
+class Leaf(NamedTuple):
+    """A leaf that is pruned; arrays of NumPy.
+
+    Attributes:
+      number: its number among the leaves of the params.
+      path: its path.
+      shape: its shape.
+      alive: the flat positions of the weights that are alive.
+      weights: their values.
+    """
+
+    number: int
+    path: str
+    shape: tuple[int, ...]
+    alive: np.ndarray
+    weights: np.ndarray
+
+
+def selected_leaves(params: PyTree, mask: PyTree | None, predicate: Predicate) -> list[Leaf]:
+    """The leaves that ``predicate`` selects, with what ``mask`` keeps of them."""
+    check_mask(mask, params)
+    entries = jax.tree_util.tree_leaves_with_path(params)
+    masks = [None] * len(entries) if mask is None else jax.tree.leaves(mask)
+    leaves = []
+    for index, ((path, leaf), kept) in enumerate(zip(entries, masks, strict=True)):
+        name = path_name(path)
+        if not predicate(name, leaf):
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"only real weights can be pruned, got {leaf.dtype} at {name}.")
+        weights = _wide(leaf).reshape(-1)
+        alive = np.arange(leaf.size) if kept is None else np.flatnonzero(np.asarray(kept))
+        leaves.append(Leaf(index, name, leaf.shape, alive, weights[alive]))
+    if not leaves:
+        names = ", ".join(path_name(path) for path, _ in entries) or "none"
+        raise ValueError(f"predicate selects no leaf of params; their paths are: {names}.")
+    return leaves
+
+
+def check_mask(mask: PyTree | None, params: PyTree) -> None:
+    """Raises unless ``mask`` is None or a tree of bool like ``params``."""
+    if mask is None:
+        return
+    check_like("mask", mask, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if leaf.dtype != bool:
+            raise ValueError(
+                f"mask must be of bool, True for weights that are kept, got {leaf.dtype} at "
+                f"{path_name(path)}."
+            )
+
+
+def alive_columns(grads: PyTree, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:
+    """Of each selected leaf's gradients ``(m, *shape)`` the alive columns: shape (m, n)."""
+    entries = jax.tree.leaves(grads)
+    shapes = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), grads)
+    check_like("a gradient", shapes, params)
+    return [_columns(entries[leaf.number], leaf) for leaf in leaves]
+
+
+def _columns(rows: Any, leaf: Leaf) -> Any:
+    flat = rows.reshape(len(rows), -1)
+    return flat if len(leaf.alive) == flat.shape[1] else flat[:, leaf.alive]
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    """The leaf on the host, float32 or wider."""
+    return np.asarray(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))

@@ -1,0 +1,222 @@
+"""One pruning step: scores, the choice of weights, the update of the others."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_choice, check_count, check_range
+from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
+from curvax.pruning._result import PruneResult, layer_sparsities
+from curvax.pruning._scores import (
+    FisherOptions,
+    fisher_scores,
+    greedy_scores,
+    magnitude_scores,
+    obs_scores,
+)
+from curvax.pruning._selection import Sparsity, check_sparsity, dropped_weights
+from curvax.pruning._structures import NM, Structure, check_structure
+from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
+
+PyTree = Any
+
+METHODS = ("obs", "greedy", "fisher", "magnitude")
+UPDATES = ("joint", "independent", "none")
+SCOPES = ("global", "layer")
+
+
+def prune(
+    params: PyTree,
+    grads: PyTree | None,
+    sparsity: Sparsity | None,
+    *,
+    method: str = "obs",
+    update: str | None = None,
+    mask: PyTree | None = None,
+    predicate: Predicate = is_kernel,
+    scope: str = "global",
+    structure: Structure | None = None,
+    damping: float = 1e-5,
+    block_size: int | None = None,
+    block_scope: str = "tree",
+    mesh: jax.sharding.Mesh | None = None,
+) -> PruneResult:
+    r"""Prunes parameters in one step, by Optimal Brain Surgeon or a simpler rule.
+
+    With the empirical Fisher matrix $F = \lambda I + \frac1m \sum_i g_i g_i^T$ of the weights that
+    are still alive, as the model of the loss, the weights of the lowest scores go:
+
+    | method | score | update of the kept weights by default |
+    |---|---|---|
+    | ``"obs"`` | $w_i^2 / (2 [F^{-1}]_{ii})$ | ``"joint"`` |
+    | ``"greedy"`` | the same, one at a time in a block, $w$ and $F^{-1}$ updated | ``"joint"`` |
+    | ``"fisher"`` | $w_i^2 F_{ii} / 2$ | ``"none"`` |
+    | ``"magnitude"`` | $w_i^2 / 2$ | ``"none"`` |
+
+    and the kept weights change by
+
+    | update | change, with $Q$ the weights that go |
+    |---|---|
+    | ``"joint"`` | $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$ |
+    | ``"independent"`` | $-F^{-1} t$, $t_q = w_q / [F^{-1}]_{qq}$: as published |
+    | ``"none"`` | nothing |
+
+    A unit of several weights (``structure``) is scored by the sum of its weights' scores, over
+    their number. What is chosen is chosen on the host: scores are gathered there.
+
+    Args:
+      params: the parameters, a tree of arrays.
+      grads: gradients of the loss, a tree of ``(m, *leaf.shape)`` like `collect_gradients`
+        returns; None for ``method="magnitude"``.
+      sparsity: the share of the weights of the selected leaves that are zero afterwards, in
+        [0, 1), those that ``mask`` has pruned already among them; a mapping of patterns
+        (``re.search`` on paths) to sparsities; or None for all that N:M allows.
+      method: the scores, see above.
+      update: the update of the kept weights, see above.
+      mask: the weights that are alive, a tree of bool like ``params``; None for all.
+      predicate: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
+      scope: ``"global"`` compares the scores of all leaves, ``"layer"`` prunes each to its
+        sparsity.
+      structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
+      damping: $\lambda$.
+      block_size: the size of the blocks of $F$; None for the full matrix.
+      block_scope: whether blocks run over the ``"tree"`` of alive weights or start anew at each
+        ``"leaf"``.
+      mesh: devices over which the blocks are spread.
+
+    Returns:
+      The pruned parameters, their mask, sparsities and the predicted loss change.
+
+    Raises:
+      ValueError: if an option is out of range, ``predicate`` selects nothing, ``mask`` or
+        ``grads`` do not match ``params``, gradients are missing or not finite, or ``sparsity`` is
+        below what is pruned already.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import pruning
+      >>> params = {"kernel": jnp.array([[1.0, 1.1]])}
+      >>> grads = {"kernel": jnp.array([[[2.0, 2.0]], [[0.0, 1.0]]])}  # the weights go together
+      >>> result = pruning.prune(params, grads, 0.5, damping=1e-3)
+      >>> print(result.mask["kernel"], result.params["kernel"].round(2))
+      [[False  True]] [[0.  1.9]]
+
+    References:
+      Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon, 1992.
+      Frantar et al., [M-FAC](https://arxiv.org/abs/2107.03356), 2021, Section 3.
+    """
+    _check_options(method, update, scope, structure, block_size)
+    check_range("damping", damping, low=0.0, open_low=True)
+    target = _target(sparsity, structure)
+    leaves = selected_leaves(params, mask, predicate)
+    columns = None if grads is None else alive_columns(grads, params, leaves)
+    if columns is None and (method != "magnitude" or update not in (None, "none")):
+        raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
+    options = FisherOptions(damping, block_size, block_scope, mesh)
+    update = update or ("joint" if method in ("obs", "greedy") else "none")
+    dropped, changes = _dropped_and_changes(
+        leaves, columns, method, update, target, scope, structure, options
+    )
+    predicted = None if columns is None else predicted_loss_change(columns, changes)
+    new_params, new_mask = _assembled(params, mask, leaves, dropped, changes)
+    layers = layer_sparsities(new_mask, [leaf.number for leaf in leaves])
+    return PruneResult(new_params, new_mask, layers, predicted)
+
+
+def _dropped_and_changes(
+    leaves: list[Leaf],
+    columns: list[Any] | None,
+    method: str,
+    update: str,
+    sparsity: Sparsity,
+    scope: str,
+    structure: Structure | None,
+    options: FisherOptions,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Which alive weights go, and by how much each changes."""
+    inverse = diagonal = None
+    if columns is not None and (method == "obs" or update == "independent"):
+        inverse = options.invert(columns)
+        diagonal = inverse.diagonal()
+    if method == "magnitude":
+        scores = magnitude_scores(leaves)
+    elif method == "fisher":
+        scores = fisher_scores(leaves, columns or [], options.damping)
+    elif method == "obs":
+        scores = obs_scores(leaves, diagonal or [])
+    else:
+        scores = greedy_scores(leaves, columns or [], options)
+    dropped = dropped_weights(leaves, scores, sparsity, scope, structure)
+    if update == "none" or not any(gone.any() for gone in dropped):
+        changes = [np.zeros_like(leaf.weights) for leaf in leaves]
+    elif update == "joint":
+        changes = joint_update(leaves, dropped, columns or [], options)
+    else:
+        assert inverse is not None
+        changes = independent_update(leaves, dropped, inverse, diagonal or [])
+    triples = zip(leaves, dropped, changes, strict=True)
+    return dropped, [np.where(gone, -leaf.weights, change) for leaf, gone, change in triples]
+
+
+def _check_options(
+    method: str,
+    update: str | None,
+    scope: str,
+    structure: Structure | None,
+    block_size: int | None,
+) -> None:
+    check_choice("method", method, METHODS)
+    if update is not None:
+        check_choice("update", update, UPDATES)
+    check_choice("scope", scope, SCOPES)
+    check_structure(structure)
+    if block_size is not None:
+        check_count("block_size", block_size)
+    if method == "greedy" and (block_size is None or structure is not None):
+        raise ValueError(
+            "method='greedy' removes single weights within blocks: it needs a block_size and no "
+            f"structure, got block_size={block_size} and structure={structure!r}."
+        )
+
+
+def _target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
+    if sparsity is None:
+        if not isinstance(structure, NM):
+            raise ValueError("sparsity=None needs structure=NM(n, m), whose sparsity is 1 - n/m.")
+        return 1 - structure.n / structure.m
+    check_sparsity(sparsity)
+    return sparsity
+
+
+def _assembled(
+    params: PyTree,
+    mask: PyTree | None,
+    leaves: list[Leaf],
+    dropped: list[np.ndarray],
+    changes: list[np.ndarray],
+) -> tuple[PyTree, PyTree]:
+    """Parameters and mask with the changes in place; leaves that are not pruned as they were."""
+    values, treedef = jax.tree.flatten(params)
+    masks = (
+        [jnp.ones(jnp.shape(value), bool) for value in values]
+        if mask is None
+        else [jnp.asarray(kept) for kept in jax.tree.leaves(mask)]
+    )
+    for leaf, gone, change in zip(leaves, dropped, changes, strict=True):
+        kept = np.zeros(math.prod(leaf.shape), bool)
+        kept[leaf.alive] = ~gone
+        flat = np.zeros(kept.shape, leaf.weights.dtype)
+        flat[leaf.alive] = np.where(gone, 0, leaf.weights + change)
+        old = values[leaf.number]
+        values[leaf.number] = _like(flat, old)
+        masks[leaf.number] = _like(kept, old, dtype=bool)
+    return jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, masks)
+
+
+def _like(flat: np.ndarray, leaf: Any, dtype: Any | None = None) -> jax.Array:
+    """The values with a leaf's shape, dtype and sharding."""
+    array = flat.reshape(leaf.shape).astype(dtype or leaf.dtype)
+    return jax.device_put(array, getattr(leaf, "sharding", None))

@@ -1,0 +1,106 @@
+"""What a pruning gives back, as a table and a plot too."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from curvax._checks import path_name
+
+PyTree = Any
+
+
+class LayerSparsity(NamedTuple):
+    """A pruned leaf.
+
+    Attributes:
+      path: its path in the params.
+      size: the number of its weights.
+      kept: how many of them are kept.
+    """
+
+    path: str
+    size: int
+    kept: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are zero for good."""
+        return 1 - self.kept / self.size
+
+
+class PruneResult(NamedTuple):
+    """Pruned parameters.
+
+    Attributes:
+      params: the parameters; pruned weights are exactly zero.
+      mask: a tree of bool like ``params``, True for what is kept; all True for leaves that are
+        not pruned.
+      layers: the leaves that are pruned, in the tree's order.
+      predicted_loss_change: what the quadratic model of the given gradients expects the loss to
+        rise by, summed over recomputations; None without gradients. Its scale is right for
+        gradients of single examples: those of means over batches of $b$ are smaller, and the
+        quadratic part with them, by $b$.
+    """
+
+    params: PyTree
+    mask: PyTree
+    layers: tuple[LayerSparsity, ...]
+    predicted_loss_change: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in all pruned leaves together."""
+        return 1 - sum(layer.kept for layer in self.layers) / sum(x.size for x in self.layers)
+
+    def table(self) -> str:
+        """The sparsity of each pruned leaf, as text."""
+        width = max(len("in all"), *(len(layer.path) for layer in self.layers))
+        total = LayerSparsity(
+            "in all",
+            sum(layer.size for layer in self.layers),
+            sum(layer.kept for layer in self.layers),
+        )
+        lines = [f"{'':{width}}  {'weights':>10}  {'kept':>10}  {'sparsity':>8}"]
+        lines += [
+            f"{layer.path:{width}}  {layer.size:>10,}  {layer.kept:>10,}  {layer.sparsity:>8.2%}"
+            for layer in (*self.layers, total)
+        ]
+        return "\n".join(lines)
+
+    def plot(self, ax: Any | None = None) -> Any:
+        """Bars of the sparsity of each pruned leaf.
+
+        Args:
+          ax: axes of matplotlib to draw on; by default those of a new figure.
+
+        Returns:
+          The axes.
+        """
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            height = 1 + 0.25 * len(self.layers)
+            ax = Figure(figsize=(6, height), layout="constrained").subplots()
+        names = [layer.path for layer in self.layers]
+        ax.barh(names, [100 * layer.sparsity for layer in self.layers], color="#0072b2")
+        ax.axvline(100 * self.sparsity, color="#d55e00", linestyle="--", label="in all")
+        ax.invert_yaxis()
+        ax.set_xlim(0, 100)
+        ax.set_xlabel("sparsity, %")
+        ax.legend(frameon=False, loc="lower right")
+        return ax
+
+
+def layer_sparsities(mask: PyTree, indices: list[int]) -> tuple[LayerSparsity, ...]:
+    """Counts of the leaves with the given numbers."""
+    entries = jax.tree_util.tree_leaves_with_path(mask)
+    return tuple(
+        LayerSparsity(
+            path_name(entries[index][0]),
+            math.prod(entries[index][1].shape),
+            int(np.count_nonzero(entries[index][1])),
+        )
+        for index in indices
+    )

@@ -1,0 +1,65 @@
+r"""What the kept weights do when others go: Optimal Brain Surgeon's update.
+
+With the dropped weights $Q$ and $F^{-1}$ of all alive ones:
+
+* joint: $-F^{-1}_{\cdot Q} \left(F^{-1}_{QQ}\right)^{-1} w_Q$, the minimum of
+  $\frac12 \delta^T F \delta$ over all changes that put $Q$ to zero;
+* independent, as published: $-F^{-1} t$ with $t_q = w_q / [F^{-1}]_{qq}$, the sum of the
+  changes that would be right if only one weight went.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.fisher import InverseFisher
+from curvax.fisher._static import compensation
+from curvax.pruning._leaves import Leaf
+from curvax.pruning._scores import FisherOptions
+
+
+def independent_update(
+    leaves: Sequence[Leaf],
+    dropped: Sequence[np.ndarray],
+    inverse: InverseFisher,
+    diagonal: Sequence[Any],
+) -> list[np.ndarray]:
+    """The sum of the changes for each dropped weight by itself."""
+    rates = [
+        jnp.asarray(np.where(gone, leaf.weights / np.asarray(entries), 0))
+        for leaf, gone, entries in zip(leaves, dropped, diagonal, strict=True)
+    ]
+    return [-np.asarray(change) for change in inverse.solve(rates)]
+
+
+def joint_update(
+    leaves: Sequence[Leaf],
+    dropped: Sequence[np.ndarray],
+    columns: Sequence[Any],
+    options: FisherOptions,
+) -> list[np.ndarray]:
+    """The best change of the kept weights for all dropped ones together."""
+    removed = [
+        jnp.asarray(np.where(gone, leaf.weights, 0))
+        for leaf, gone in zip(leaves, dropped, strict=True)
+    ]
+    changes = compensation(
+        list(columns),
+        removed,
+        [jnp.asarray(~gone) for gone in dropped],
+        options.damping,
+        block_size=options.block_size,
+        scope=options.scope,
+        mesh=options.mesh,
+    )
+    return [np.asarray(change) for change in changes]
+
+
+def predicted_loss_change(columns: Sequence[Any], changes: Sequence[np.ndarray]) -> float:
+    r"""$\bar g^T \delta + \frac{1}{2m} \sum_i (g_i^T \delta)^2$, the loss's model."""
+    products = np.zeros(len(columns[0]))
+    for rows, change in zip(columns, changes, strict=True):
+        products += np.asarray(rows @ change.astype(rows.dtype), np.float64)
+    return float(products.mean() + (products**2).mean() / 2)

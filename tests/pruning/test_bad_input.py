@@ -1,0 +1,128 @@
+"""Wrong input to pruning: a clear error, or a stated behaviour."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax import pruning
+
+from . import problems
+
+
+def prune(sparsity=0.5, params=None, grads=None, **options):
+    params = problems.params() if params is None else params
+    grads = problems.grads() if grads is None else grads
+    return pruning.prune(params, grads, sparsity, **options)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2.0, np.nan])
+def test_a_sparsity_lies_below_one(sparsity):
+    with pytest.raises(ValueError, match=r"sparsity must be a number in \[0.0, 1.0\)"):
+        prune(sparsity)
+    with pytest.raises(ValueError, match=r"sparsity\['dense'\] must be a number"):
+        prune({"dense": sparsity})
+
+
+@pytest.mark.parametrize("damping", [0.0, -1e-5])
+def test_damping_is_positive(damping):
+    with pytest.raises(ValueError, match="damping must be a number in"):
+        prune(damping=damping)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "woodfisher"}, "method must be one of 'obs', 'greedy', 'fisher', 'magnitude'"),
+        ({"update": "all"}, "update must be one of"),
+        ({"scope": "tree"}, "scope must be one of 'global', 'layer'"),
+        ({"block_scope": "layer"}, "scope must be one of 'tree', 'leaf'"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1"),
+        ({"structure": pruning.NM(5, 4)}, "needs n <= m"),
+        ({"structure": pruning.NM(0, 4)}, "n of NM"),
+        ({"structure": (2, 4)}, "structure must be None, NM"),
+        ({"structure": pruning.NM(1, 3), "sparsity": None}, "fan-in that 3 divides.*conv/kernel"),
+        ({"structure": pruning.NM(2, 4), "sparsity": 0.6}, "sparsity of at most 0.5"),
+        ({"structure": pruning.WeightBlocks(5)}, "fan-in that 5 divides"),
+        ({"method": "greedy"}, "needs a block_size"),
+        ({"sparsity": None}, "sparsity=None needs structure=NM"),
+        ({"sparsity": {"attention": 0.5}}, r"sparsity\['attention'\] fits no selected leaf"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        prune(**options)
+
+
+def test_a_predicate_that_selects_nothing_is_an_error_with_the_paths():
+    with pytest.raises(ValueError, match=r"selects no leaf.*conv/bias, conv/kernel, dense/kernel"):
+        prune(predicate=lambda path, leaf: False)
+
+
+def test_integer_weights_are_refused():
+    params = {"kernel": jnp.ones((2, 2), int)}
+    with pytest.raises(ValueError, match="only real weights can be pruned, got int32 at kernel"):
+        pruning.prune(params, None, 0.5, method="magnitude", predicate=lambda *_: True)
+
+
+@pytest.mark.parametrize("method", ["obs", "greedy", "fisher"])
+def test_scores_of_the_loss_need_gradients(method):
+    with pytest.raises(ValueError, match="needs grads, got None"):
+        pruning.prune(problems.params(), None, 0.5, method=method, block_size=4)
+    with pytest.raises(ValueError, match="needs grads, got None"):
+        pruning.prune(problems.params(), None, 0.5, method="magnitude", update="joint")
+
+
+def test_gradients_match_the_params():
+    with pytest.raises(ValueError, match="a gradient must match params"):
+        prune(grads={"kernel": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize("method", ["obs", "greedy"])
+def test_a_gradient_that_is_not_finite_is_an_error(method):
+    rows = problems.grads()
+    rows["dense"]["kernel"] = rows["dense"]["kernel"].at[2, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"grads must be finite.*gradients \[2\]"):
+        prune(grads=rows, method=method, block_size=8)
+
+
+def test_a_mask_matches_and_is_of_bool():
+    ones = jax.tree.map(jnp.ones_like, problems.params())
+    with pytest.raises(ValueError, match=r"mask must be of bool.*got float32 at conv/bias"):
+        prune(mask=ones)
+    with pytest.raises(ValueError, match="mask must match params"):
+        prune(mask={"dense": {"kernel": jnp.ones((8, 4), bool)}})
+
+
+def test_a_target_below_the_present_sparsity_is_an_error():
+    first = prune(0.5)
+    with pytest.raises(ValueError, match=r"is below the present 0\.5 of conv/kernel, dense/kernel"):
+        prune(0.4, params=first.params, mask=first.mask)
+
+
+def test_the_present_sparsity_again_changes_nothing():
+    first = prune(0.5)
+    second = prune(0.5, params=first.params, mask=first.mask)
+    for one, other in ((first.params, second.params), (first.mask, second.mask)):
+        np.testing.assert_array_equal(problems.kernels(one), problems.kernels(other))
+
+
+@pytest.mark.parametrize("method", ["obs", "greedy", "fisher"])
+def test_a_weight_without_gradient_costs_nothing_but_the_damping(method):
+    rows = problems.grads()
+    rows["dense"]["kernel"] = rows["dense"]["kernel"].at[:, 3].set(0)
+    params = problems.params()
+    result = prune(4 / 56, params, rows, method=method, block_size=8, damping=1e-7)
+    gone = np.flatnonzero(~np.asarray(result.mask["dense"]["kernel"]))
+    np.testing.assert_array_equal(gone, [12, 13, 14, 15])
+    np.testing.assert_allclose(
+        problems.kernels(result.params)[:24], problems.kernels(params)[:24], rtol=1e-5
+    )
+
+
+def test_all_zero_gradients_are_magnitude_pruning():
+    zeros = jax.tree.map(jnp.zeros_like, problems.grads())
+    by_obs = prune(0.5, grads=zeros)
+    by_magnitude = prune(0.5, method="magnitude")
+    for one, other in ((by_obs.params, by_magnitude.params), (by_obs.mask, by_magnitude.mask)):
+        np.testing.assert_array_equal(problems.kernels(one), problems.kernels(other))
