@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench bench-mfac docs notebooks format check clean
+.PHONY: demo demo-prune test bench bench-mfac docs notebooks format check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
+
+demo-prune: $(VENV)/.examples
+	$(BIN)/python examples/pruning.py $(ARGS)
 
 # Tests mostly compile small programs: code generated in haste halves their time. The tests with
 # the oldest dependencies, the notebooks and the benchmarks run what users run.

@@ -17,12 +17,14 @@ class ResNetBlock(nn.Module):
     filters: int
     stride: int
     conv: type[nn.Module] = nn.Conv
+    train: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def conv(inputs: jax.Array, stride: int) -> jax.Array:
             outputs = self.conv(self.filters, (3, 3), (stride, stride), padding=1, use_bias=False)
-            return nn.BatchNorm(use_running_average=False, momentum=0.9)(outputs(inputs))
+            norm = nn.BatchNorm(use_running_average=not self.train, momentum=0.9)
+            return norm(outputs(inputs))
 
         y = conv(nn.relu(conv(x, self.stride)), 1)
         if self.stride > 1:
@@ -35,14 +37,16 @@ class ResNet20(nn.Module):
     """ResNet-20 for 32x32 images (He et al., 2015, Section 4.2)."""
 
     conv: type[nn.Module] = nn.Conv
+    train: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(16, (3, 3), padding=1, use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=False, momentum=0.9)(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(x))
         for stage, filters in enumerate((16, 32, 64)):
             for block in range(3):
-                x = ResNetBlock(filters, 2 if stage > 0 and block == 0 else 1, self.conv)(x)
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = ResNetBlock(filters, stride, self.conv, self.train)(x)
         return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
 
 

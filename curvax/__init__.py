@@ -5,9 +5,10 @@ Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton
 matrices, most of them beside value and gradient in one pass.
 The inverse empirical Fisher matrix of given gradients: `inverse_fisher`; and Optimal Brain
 Surgeon on it: `curvax.pruning`.
+The spectrum of a loss's curvature: `curvax.spectrum`.
 """
 
-from curvax import pruning
+from curvax import pruning, spectrum
 from curvax.curvature import (
     DiagEstimate,
     OutputLoss,
@@ -76,6 +77,7 @@ __all__ = [
     "random_probe",
     "scale_by_adahessian",
     "scale_by_mfac",
+    "spectrum",
     "state_bytes",
     "state_shardings",
     "value_grad_and_ggn_diag",

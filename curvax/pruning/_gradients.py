@@ -1,7 +1,7 @@
 """Collects the gradients that make up an empirical Fisher matrix."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,15 @@ def _means(
     loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
 ) -> Iterator[PyTree]:
     """The gradient of each batch's loss, from parts of it where ``size`` says so."""
-    gradient = jax.jit(jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True))
+    gradient = _gradient_of_mean(loss_fn)
     for batch in batches:
         arguments = as_arguments(batch)
         if size is None:
-            yield gradient(params, *arguments)[0]
+            yield gradient(params, *arguments)
             continue
         number, total = _num_examples(arguments), None
         for part, share in _parts(arguments, number, size):
-            scaled = jax.tree.map(lambda g, s=share: s * g, gradient(params, *part)[0])
+            scaled = jax.tree.map(lambda g, s=share: s * g, gradient(params, *part))
             total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         yield total
 
@@ -119,13 +119,7 @@ def _examples(
     loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
 ) -> Iterator[PyTree]:
     """The gradient of the loss on each example, a batch of one."""
-    loss = checked_loss(loss_fn, has_aux=False)
-
-    def of_one(params: PyTree, arguments: Any) -> PyTree:
-        single = jax.tree.map(lambda x: x[jnp.newaxis], arguments)
-        return jax.grad(loss, has_aux=True)(params, *single)[0]
-
-    one, several = jax.jit(of_one), jax.jit(jax.vmap(of_one, in_axes=(None, 0)))
+    one, several = _gradients_of_examples(loss_fn)
     for batch in batches:
         arguments = as_arguments(batch)
         number = _num_examples(arguments)
@@ -137,6 +131,29 @@ def _examples(
             rows = several(params, part)
             for index in range(_num_examples(part)):
                 yield jax.tree.map(lambda x, i=index: x[i], rows)
+
+
+# A loss is compiled once, however often gradients of it are collected.
+
+
+@functools.lru_cache(maxsize=8)
+def _gradient_of_mean(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
+    gradient = jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True)
+    return jax.jit(lambda params, *arguments: gradient(params, *arguments)[0])
+
+
+@functools.lru_cache(maxsize=8)
+def _gradients_of_examples(
+    loss_fn: Callable[..., Any],
+) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
+    """The gradient of one example, and of several under a vmap."""
+    gradient = jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True)
+
+    def of_one(params: PyTree, arguments: Any) -> PyTree:
+        single = jax.tree.map(lambda x: x[jnp.newaxis], arguments)
+        return gradient(params, *single)[0]
+
+    return jax.jit(of_one), jax.jit(jax.vmap(of_one, in_axes=(None, 0)))
 
 
 def _num_examples(arguments: Any) -> int:
@@ -212,7 +229,7 @@ def _arrays(
     )
 
 
-@partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def _insert_on_device(rows: PyTree, gradient: PyTree, slot: jax.Array) -> PyTree:
     wide = jax.tree.map(lambda g, kept: g.astype(kept.dtype), gradient, rows)
     return insert_row(rows, wide, slot)

@@ -89,7 +89,8 @@ def test_the_gradient_is_compiled_once():
         count += 1
         return loss_fn(*args)
 
-    collect(loss=counted)
+    for _ in range(2):  # the second call is of a recomputation
+        collect(loss=counted)
     assert count == 1
 
 

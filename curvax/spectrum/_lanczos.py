@@ -1,0 +1,186 @@
+r"""Lanczos tridiagonalization, driven from the host around one compiled product.
+
+$A Q = Q T + \beta_k q_{k+1} e_k^T$ with orthonormal $Q$ and tridiagonal $T$. In exact arithmetic
+three terms suffice; in floating-point numbers the vectors lose their orthogonality as soon as an
+eigenvalue has converged, and copies of it appear ("ghosts"). Full reorthogonalization costs two
+passes over the basis a step. Selective reorthogonalization follows an estimate of the loss and
+makes these passes only where it has reached the square root of the rounding unit, which keeps $T$
+exact to full precision (Simon, 1984).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_choice, check_count
+from curvax.spectrum._basis import Basis, normalized
+from curvax.spectrum._operator import Operator, tree_dot, tree_norm
+
+PyTree = Any
+
+REORTHOGONALIZE = ("full", "selective", "none")
+
+
+class Lanczos(NamedTuple):
+    r"""A tridiagonal matrix that stands for an operator as seen from a start vector.
+
+    Attributes:
+      diagonal: $\alpha$, of shape (k,), float64 of NumPy.
+      off_diagonal: $\beta_1, \dots, \beta_{k-1}$, of shape (k - 1,).
+      residual: $\beta_k$, the length of what is left; zero where the Krylov space was exhausted,
+        so that the eigenvalues of $T$ are exact.
+      num_products: the number of products with the operator.
+    """
+
+    diagonal: np.ndarray
+    off_diagonal: np.ndarray
+    residual: float
+    num_products: int
+
+    def eigh(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues of $T$ in ascending order, and its eigenvectors as columns."""
+        matrix = np.diag(self.diagonal)
+        matrix += np.diag(self.off_diagonal, 1) + np.diag(self.off_diagonal, -1)
+        return np.linalg.eigh(matrix)
+
+
+def lanczos(
+    operator: Operator, start: PyTree, order: int, *, reorthogonalize: str = "full"
+) -> Lanczos:
+    r"""Lanczos tridiagonalization of an operator.
+
+    What is compiled does not depend on ``order``. Vectors keep the shardings of the operator's.
+
+    Args:
+      operator: a symmetric operator.
+      start: the start vector, a tree like ``operator.like``.
+      order: the number of steps $k$; more than the operator has rows are not made. Ends earlier
+        where the Krylov space is exhausted.
+      reorthogonalize: ``"full"`` and ``"selective"`` keep $k$ vectors, ``"none"`` keeps three, for
+        models so large that $k$ copies do not fit; its ghosts distort a density little, but count
+        an eigenvalue several times.
+
+    Returns:
+      The tridiagonal matrix.
+
+    Raises:
+      ValueError: if a product is not finite, the start vector is zero, or an option is out of
+        range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import spectrum
+      >>> operator = spectrum.Operator(lambda vector: jnp.array([1.0, 2.0, 5.0]) * vector,
+      jnp.zeros(3))
+      >>> result = spectrum.lanczos(operator, jnp.ones(3), 3)
+      >>> print(result.eigh()[0].round(5))
+      [1. 2. 5.]
+
+    References:
+      Golub and Meurant, Matrices, Moments and Quadrature, 2010, Chapter 4. Simon, [The Lanczos
+      algorithm with partial
+      reorthogonalization](https://doi.org/10.1090/S0025-5718-1984-0725988-X), 1984.
+    """
+    check_count("order", order)
+    check_choice("reorthogonalize", reorthogonalize, REORTHOGONALIZE)
+    order = min(order, operator.size)
+    current, length = normalized(start)
+    if not length > 0:
+        raise ValueError(f"the start vector must have a finite positive length, got {length}.")
+    basis = None if reorthogonalize == "none" else Basis(operator.like, order)
+    loss = _OrthogonalityLoss(order, precision_of(operator.like))
+    previous, beta = current, 0.0
+    alphas: list[float] = []
+    betas: list[float] = []
+    for step in range(order):
+        if basis is not None:
+            basis.put(current, 1.0, step)
+        image = finite_product(operator, current)
+        alpha, rest, beta_next = _three_terms(image, current, previous, beta)
+        alphas.append(float(alpha))
+        scale = max(abs(a) + abs(b) for a, b in zip(alphas, [*betas, 0.0], strict=True))
+        if reorthogonalize == "full" or (
+            reorthogonalize == "selective" and loss.is_large(alphas, betas, float(beta_next))
+        ):
+            assert basis is not None
+            _, rest, beta_next = basis.orthogonalized(rest)
+        beta = float(beta_next)
+        if beta <= breakdown(operator, scale):
+            return Lanczos(np.array(alphas), np.array(betas), 0.0, step + 1)
+        betas.append(beta)
+        previous, current = current, jax.tree.map(lambda leaf, b=beta: leaf / b, rest)
+    return Lanczos(np.array(alphas), np.array(betas[:-1]), betas[-1], order)
+
+
+class _OrthogonalityLoss:
+    r"""Simon's recurrence for $\omega_{jk} \approx q_j^T q_k$."""
+
+    def __init__(self, order: int, epsilon: float) -> None:
+        self._epsilon = epsilon
+        self._limit = epsilon**0.5
+        self._previous = np.zeros(order + 1)
+        self._current = np.zeros(order + 1)
+        self._current[0] = 1.0
+        self._again = False
+
+    def is_large(self, alphas: list[float], betas: list[float], beta: float) -> bool:
+        """Whether the next vector is to be reorthogonalized; as is the one after it."""
+        k = len(alphas) - 1
+        following = np.zeros_like(self._current)
+        if beta > 0 and k > 0:
+            a, b = np.array(alphas), np.array(betas)  # b[j] couples j and j + 1
+            inner = np.arange(k)
+            omega = b[inner] * self._current[inner + 1]
+            omega += (a[inner] - a[k]) * self._current[inner]
+            omega[1:] += b[inner[1:] - 1] * self._current[inner[1:] - 1]
+            omega -= b[k - 1] * self._previous[inner]
+            noise = self._epsilon * (b[inner] + beta) * 0.3
+            following[:k] = (omega + np.copysign(noise, omega)) / beta
+        following[k] = self._epsilon
+        following[k + 1] = 1.0
+        large = self._again or bool(np.abs(following[: k + 1]).max() > self._limit)
+        if large:
+            following[: k + 1] = self._epsilon
+        self._again = large and not self._again
+        self._previous, self._current = self._current, following
+        return large
+
+
+@jax.jit
+def _three_terms(
+    image: PyTree, current: PyTree, previous: PyTree, beta: Any
+) -> tuple[jax.Array, PyTree, jax.Array]:
+    alpha = tree_dot(current, image)
+    rest = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, image, current, previous)
+    # What rounding has left of the current vector.
+    again = tree_dot(current, rest)
+    rest = jax.tree.map(lambda r, q: r - again * q, rest, current)
+    return alpha + again, rest, tree_norm(rest)
+
+
+def finite_product(operator: Operator, vector: PyTree) -> PyTree:
+    """The product, or an error where it is not finite."""
+    image = operator(vector)
+    if not np.isfinite(float(tree_norm(image))):
+        raise ValueError(
+            "a product with the operator is not finite: check the loss and the parameters, and "
+            "whether the precision is wide enough."
+        )
+    return image
+
+
+def breakdown(operator: Operator, scale: float) -> float:
+    """The length up to which a remainder is rounding, for an operator of norm ``scale``."""
+    return (
+        10
+        * precision_of(operator.like)
+        * max(scale, np.finfo(np.float64).tiny)
+        * (operator.size**0.5)
+    )
+
+
+def precision_of(like: PyTree) -> float:
+    """The rounding unit of the widest dtype."""
+    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(like))).eps)

@@ -1,0 +1,143 @@
+"""Symmetric operators on trees: a product, what it takes, and its hand-over to other libraries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from curvax._checks import check_like, check_range, path_name
+from curvax.curvature import random_probe
+
+PyTree = Any
+
+
+class Operator:
+    r"""A symmetric matrix $A$ known by its products with trees.
+
+    Made by `hessian_operator` and its relatives, or from any symmetric product.
+
+    Args:
+      product: ``vector -> A vector``, on trees like ``like``.
+      like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
+
+    Attributes:
+      like: that tree, in float32 or wider.
+      size: the number of rows of $A$.
+
+    Raises:
+      ValueError: if ``like`` has no entries, or leaves that are not real.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import spectrum
+      >>> matrix = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> operator = spectrum.Operator(lambda vector: matrix @ vector, jnp.zeros(2))
+      >>> print(operator(jnp.array([1.0, 0.0])), operator.size)
+      [2. 1.] 2
+    """
+
+    def __init__(self, product: Callable[[PyTree], PyTree], like: PyTree) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"an operator's vectors are real floating-point, got {leaf.dtype} at "
+                    f"{path_name(path)}: leave the leaf out, with select where that is offered."
+                )
+        self.like = jax.tree.map(_wide, like)
+        self.size = sum(leaf.size for leaf in jax.tree.leaves(like))
+        if not self.size:
+            raise ValueError("an operator needs vectors with at least one entry.")
+        self._product = product
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """$A v$, in float32 or wider."""
+        check_like("the vector", vector, self.like)
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), self._product(vector), self.like)
+
+    def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
+        """A tree of independent entries of mean zero and variance one."""
+        return random_probe(key, self.like, distribution)
+
+    def flat_product(self) -> Callable[[jax.Array], jax.Array]:
+        """The product on flat vectors of JAX, as matfree's functions take it."""
+        _, unravel = ravel_pytree(self.like)
+        return lambda vector: ravel_pytree(self(unravel(vector)))[0]
+
+    def to_scipy(self) -> Any:
+        """``scipy.sparse.linalg.LinearOperator`` on flat vectors of NumPy; needs SciPy."""
+        from scipy.sparse.linalg import LinearOperator
+
+        flat, _ = ravel_pytree(self.like)
+        product = self.flat_product()
+
+        def matvec(vector: np.ndarray) -> np.ndarray:
+            return np.asarray(product(jnp.asarray(vector.reshape(-1), flat.dtype)))
+
+        shape, dtype = (self.size, self.size), np.dtype(flat.dtype)
+        return LinearOperator(shape=shape, dtype=dtype, matvec=matvec, rmatvec=matvec)
+
+    def to_lineax(self) -> Any:
+        """``lineax.FunctionLinearOperator`` on trees, tagged symmetric; needs lineax.
+
+        Under lineax the product is traced, so the batches of a data set are unrolled.
+        """
+        import lineax
+
+        structure = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.like
+        )
+        return lineax.FunctionLinearOperator(self, structure, lineax.symmetric_tag)
+
+
+def check_symmetric(
+    operator: Operator, *, key: jax.Array, num_probes: int = 3, tolerance: float = 1e-3
+) -> None:
+    r"""Raises unless $u^T A v = v^T A u$ for random vectors.
+
+    Args:
+      operator: $A$.
+      key: a PRNG key for the vectors.
+      num_probes: the number of pairs.
+      tolerance: of the difference, relative to $\lVert u \rVert \lVert A v \rVert$.
+
+    Raises:
+      ValueError: if a pair differs by more.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import spectrum
+      >>> matrix = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> operator = spectrum.Operator(lambda vector: matrix @ vector, jnp.zeros(2))
+      >>> spectrum.check_symmetric(operator, key=jax.random.key(0))
+    """
+    check_range("tolerance", tolerance, low=0.0)
+    for pair in jax.random.split(key, num_probes):
+        u, v = (operator.random_vector(part) for part in jax.random.split(pair))
+        image_u, image_v = operator(u), operator(v)
+        difference = abs(float(tree_dot(u, image_v) - tree_dot(v, image_u)))
+        scale = float(tree_norm(u) * tree_norm(image_v) + tree_norm(v) * tree_norm(image_u))
+        if not difference <= tolerance * scale:
+            raise ValueError(
+                f"the operator is not symmetric: u'Av and v'Au differ by {difference:.2e}, "
+                f"relative to {scale:.2e}, with a tolerance of {tolerance}."
+            )
+
+
+@jax.jit
+def tree_dot(first: PyTree, second: PyTree) -> jax.Array:
+    """The sum of products of entries."""
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
+    return jnp.sum(jnp.stack(jax.tree.leaves(products)))
+
+
+@jax.jit
+def tree_norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm."""
+    return jnp.sqrt(tree_dot(tree, tree))
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -1,0 +1,169 @@
+"""Plots of spectra, on axes of matplotlib; nothing global is touched."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from curvax.spectrum._density import SpectralDensity
+from curvax.spectrum._step_size import BatchSizeStudy
+from curvax.spectrum._trace import Trace
+
+BLUE, RED, GRAY = "#0072b2", "#d55e00", "0.5"
+
+
+def plot_density(
+    density: SpectralDensity,
+    *,
+    outliers: Any | None = None,
+    log_x: bool = False,
+    ax: Any | None = None,
+) -> Any:
+    r"""The density on a logarithmic axis, with its error band; the bulk and the outliers.
+
+    Args:
+      density: the density.
+      outliers: eigenvalues to mark, those of `top_eigenpairs` for example.
+      log_x: whether eigenvalues are on a symmetric logarithmic axis, with the density smoothed
+        there.
+      ax: axes of matplotlib; by default those of a new figure.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import spectrum
+      >>> operator = spectrum.Operator(lambda v: jnp.arange(9.0) * v, jnp.zeros(9))
+      >>> density = spectrum.spectral_density(operator, key=jax.random.key(0))
+      >>> spectrum.plot_density(density, outliers=[8.0]).get_yscale()
+      'log'
+    """
+    ax = ax or _new_axes()
+    if log_x:
+        threshold = density.bandwidth
+        places = [np.arcsinh(values / threshold) for values in density.nodes]
+        low, high = min(map(np.min, places)), max(map(np.max, places))
+        width = max(high - low, 1e-6) / 60
+        grid = np.linspace(low - 4 * width, high + 4 * width, len(density.grid))
+        curve = density._replace(nodes=places).smoothed(grid, width)
+        ax.plot(threshold * np.sinh(grid), curve, color=BLUE)
+        ax.set_xscale("symlog", linthresh=threshold)
+        ax.set_ylabel("density of asinh(eigenvalue)")
+    else:
+        curve = density.density
+        ax.plot(density.grid, curve, color=BLUE)
+        lower = np.maximum(curve - 2 * density.standard_error, 1e-30)
+        upper = curve + 2 * density.standard_error
+        ax.fill_between(density.grid, lower, upper, color=BLUE, alpha=0.2, linewidth=0)
+        ax.set_ylabel("density")
+    ax.set_yscale("log")
+    ax.set_ylim(max(curve.max() * 1e-7, 1e-12), curve.max() * 3)
+    if outliers is not None:
+        bottom = ax.get_ylim()[0]
+        ax.plot(outliers, np.full(len(outliers), 1.5 * bottom), "|", color=RED, markersize=12)
+    ax.set_xlabel("eigenvalue")
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_sharpness(
+    steps: Sequence[float],
+    sharpness: Sequence[float],
+    learning_rate: float | Sequence[float],
+    *,
+    ax: Any | None = None,
+) -> Any:
+    r"""Sharpness over steps with the line $2 / \eta$, above which gradient descent is unstable.
+
+    Args:
+      steps: the steps.
+      sharpness: the sharpness at each.
+      learning_rate: a number, or one for each step.
+      ax: axes of matplotlib; by default those of a new figure.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> from curvax import spectrum
+      >>> ax = spectrum.plot_sharpness([0, 1, 2], [5.0, 15.0, 20.0], 0.1)
+      >>> ax.get_xlabel()
+      'step'
+    """
+    ax = ax or _new_axes()
+    ax.plot(steps, sharpness, color=BLUE, label="sharpness")
+    edge = 2 / np.broadcast_to(np.asarray(learning_rate, float), np.shape(steps))
+    ax.plot(steps, edge, color=RED, linestyle="--", label="2 / learning rate")
+    ax.set_xlabel("step")
+    ax.set_ylabel("largest eigenvalue")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_layer_traces(traces: Mapping[str, Trace], *, ax: Any | None = None) -> Any:
+    """Bars of the trace of each layer's block, with standard errors.
+
+    Args:
+      traces: by the layer's name.
+      ax: axes of matplotlib; by default those of a new figure.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import numpy as np
+      >>> from curvax import spectrum
+      >>> traces = {"first": spectrum.Trace(2.0, 0.1, np.array([2.0]), 1)}
+      >>> len(spectrum.plot_layer_traces(traces).patches)
+      1
+    """
+    ax = ax or _new_axes()
+    names = list(traces)
+    errors = np.nan_to_num([traces[name].standard_error for name in names])
+    ax.barh(names, [traces[name].value for name in names], xerr=errors, color=BLUE, ecolor=GRAY)
+    ax.invert_yaxis()
+    ax.set_xlabel("trace of the layer's block")
+    return ax
+
+
+def plot_batch_sizes(study: BatchSizeStudy, *, ax: Any | None = None) -> Any:
+    """The ends of batch Hessians' spectra over the batch size, and those of the full one.
+
+    Args:
+      study: what `batch_size_study` returned.
+      ax: axes of matplotlib; by default those of a new figure.
+
+    Returns:
+      The axes.
+
+    Example:
+      >>> import numpy as np
+      >>> from curvax import spectrum
+      >>> ends = np.array([[4.0, 6.0], [3.0, 3.0]])
+      >>> study = spectrum.BatchSizeStudy(np.array([8, 64]), ends, -ends, 2.5, -0.1)
+      >>> spectrum.plot_batch_sizes(study).get_xscale()
+      'log'
+    """
+    ax = ax or _new_axes()
+    rows = (
+        (study.largest, study.full_largest, RED, "largest"),
+        (study.smallest, study.full_smallest, BLUE, "smallest"),
+    )
+    for values, full, color, name in rows:
+        ax.plot(study.batch_sizes, values, "o", color=color, alpha=0.35, markersize=4)
+        ax.plot(study.batch_sizes, values.mean(axis=1), color=color, label=f"{name}, of a batch")
+        ax.axhline(full, color=color, linestyle=":", label=f"{name}, of all examples")
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("batch size")
+    ax.set_ylabel("eigenvalue")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _new_axes() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6, 3.6), layout="constrained").subplots()

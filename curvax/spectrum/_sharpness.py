@@ -1,0 +1,216 @@
+"""Tracks sharpness along a training run, as a pass-through Optax transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax._checks import check_count, check_range
+from curvax.curvature import linearized_hvp, random_probe
+from curvax.fisher import DenseWindow
+from curvax.spectrum._operator import tree_dot, tree_norm
+
+PyTree = Any
+
+
+class TrackSharpnessState(NamedTuple):
+    r"""State of `track_sharpness`; each number is read by ``optax.tree.get(state, "sharpness")``.
+
+    Attributes:
+      steps_seen: int32 scalar, the steps taken.
+      sharpness: the largest eigenvalue of the Hessian at the last measurement; NaN before.
+      hessian_trace: the estimate of its trace, averaged over the last measurements; NaN where the
+        sharpness comes from outside.
+      sharpness_times_lr: the sharpness times the learning rate; gradient descent is unstable above
+        2.
+      direction: a tree like the params, of length one, close to the top eigenvector; None where the
+        sharpness comes from outside.
+      probe_key: a PRNG key.
+    """
+
+    steps_seen: jax.Array
+    sharpness: jax.Array
+    hessian_trace: jax.Array
+    sharpness_times_lr: jax.Array
+    direction: PyTree
+    probe_key: jax.Array
+
+
+def track_sharpness(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    every: int = 1,
+    num_products: int = 4,
+    trace_decay: float = 0.9,
+    from_outside: bool = False,
+    key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Measures the Hessian's largest eigenvalue on the way, and hands updates on as they are.
+
+    Every ``every`` steps the largest Ritz value of a few Lanczos steps is taken, started from the
+    Ritz vector of the last time: along a run the top eigenvector turns slowly, and the value
+    catches up within a few measurements. The cost of a measurement is ``num_products + 1``
+    Hessian-vector products, about ``2 num_products + 2`` gradients: with ``every=50`` and the
+    defaults a fifth of a step. It is the sharpness of the loss that it is given: of the batch's, if
+    ``obj_fn`` is that.
+
+    With ``every > 1`` the measurement is in a conditional, where XLA's CPU backend computes the
+    gradients of convolutions slowly. There, measure outside (`top_eigenpairs` with ``start``) and
+    hand in the value: ``tx.update(..., sharpness=value)`` with ``from_outside=True``.
+
+    Args:
+      learning_rate: that of the chain, a number or a schedule.
+      every: steps from one measurement to the next.
+      num_products: Lanczos steps of a measurement; more where the top eigenvalues are close.
+      trace_decay: decay of the average of the trace, which has one probe a measurement.
+      from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
+        direction is kept.
+      key: a PRNG key; ``jax.random.key(0)`` by default.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes ``obj_fn``
+      (``params -> loss``), or ``sharpness`` with ``from_outside``, where None keeps the last value.
+
+    Raises:
+      ValueError: on an option out of range; in ``update``, if ``obj_fn`` or ``params`` is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from curvax import spectrum
+      >>> def loss(x):
+      ...     return x @ jnp.diag(jnp.array([4.0, 1.0])) @ x / 2
+      >>> tx = optax.chain(spectrum.track_sharpness(0.1), optax.sgd(0.1))
+      >>> params = jnp.ones(2)
+      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, obj_fn=loss)
+      >>> print(optax.tree.get(state, "sharpness"), optax.tree.get(state, "sharpness_times_lr"))
+      4.0 0.4
+
+    References:
+      Cohen et al., [Gradient descent on neural networks typically occurs at the edge of
+      stability](https://arxiv.org/abs/2103.00065), 2021.
+    """
+    check_count("every", every)
+    check_count("num_products", num_products)
+    check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
+
+    def init(params: PyTree) -> TrackSharpnessState:
+        own_key = jax.random.key(0) if key is None else jnp.copy(key)
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        direction = None
+        if not from_outside:
+            wide = jax.tree.map(_wide, params)
+            direction = _unit(random_probe(own_key, wide, "normal"))
+        return TrackSharpnessState(
+            jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
+        )
+
+    def update(
+        updates: PyTree,
+        state: TrackSharpnessState,
+        params: PyTree | None = None,
+        *,
+        obj_fn: Callable[[PyTree], jax.Array] | None = None,
+        sharpness: Any | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, TrackSharpnessState]:
+        del extra_args
+        if from_outside:
+            given = state.sharpness if sharpness is None else jnp.float32(sharpness)
+            measured = state._replace(sharpness=given)
+        else:
+            measured = _measured(state, params, obj_fn)
+        rate = learning_rate(state.steps_seen) if callable(learning_rate) else learning_rate
+        return updates, measured._replace(
+            steps_seen=optax.safe_increment(state.steps_seen),
+            sharpness_times_lr=jnp.float32(rate * measured.sharpness),
+        )
+
+    def _measured(
+        state: TrackSharpnessState, params: PyTree, obj_fn: Callable[..., Any] | None
+    ) -> TrackSharpnessState:
+        if obj_fn is None or params is None:
+            raise ValueError(
+                "track_sharpness needs params and the loss: "
+                "tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)); or pass "
+                "from_outside=True and hand in sharpness=value."
+            )
+
+        def measure(state: TrackSharpnessState) -> TrackSharpnessState:
+            product = _wide_product(obj_fn, params)
+            value, direction = _ritz(product, state.direction, num_products)
+            probe_key = jax.random.fold_in(state.probe_key, state.steps_seen)
+            probe = random_probe(probe_key, state.direction)
+            sample = tree_dot(probe, product(probe)).astype(jnp.float32)
+            average = trace_decay * state.hessian_trace + (1 - trace_decay) * sample
+            finite = jnp.isfinite(value)
+            return state._replace(
+                sharpness=value.astype(jnp.float32),
+                hessian_trace=jnp.where(jnp.isfinite(state.hessian_trace), average, sample),
+                direction=jax.tree.map(
+                    lambda new, old: jnp.where(finite, new, old), direction, state.direction
+                ),
+            )
+
+        if every == 1:
+            return measure(state)
+        due = state.steps_seen % every == 0
+        return jax.lax.cond(due, measure, lambda unchanged: unchanged, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _unit(vector: PyTree) -> PyTree:
+    length = tree_norm(vector)
+    return jax.tree.map(lambda leaf: (leaf / length).astype(leaf.dtype), vector)
+
+
+def _wide_product(
+    obj_fn: Callable[[PyTree], jax.Array], params: PyTree
+) -> Callable[[PyTree], PyTree]:
+    product = linearized_hvp(obj_fn, params)
+
+    def wide(vector: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), product(vector), vector)
+
+    return wide
+
+
+def _ritz(
+    product: Callable[[PyTree], PyTree], start: PyTree, number: int
+) -> tuple[jax.Array, PyTree]:
+    """The largest Ritz pair of a Krylov space of dimension ``number``."""
+    dtype = jnp.result_type(*jax.tree.leaves(start))
+    basis = DenseWindow.empty(start, number, None)
+    matrix = jnp.zeros((number, number), dtype)
+    vector, length = start, jnp.ones((), dtype)
+    # Unrolled: a loop would slow the gradients of convolutions on a CPU.
+    for step in range(number):
+        basis = basis.push(vector, jnp.int32(step))
+        rest = product(vector)
+        column = jnp.zeros(number, dtype)
+        for _ in range(2):
+            coefficients = basis.dots(rest, dtype)
+            spanned = basis.combine(coefficients, rest)
+            rest = jax.tree.map(lambda a, b: a - b.astype(a.dtype), rest, spanned)
+            column = column + coefficients
+        matrix = matrix.at[:, step].set(column).at[step, :].set(column)
+        # An exhausted space: further vectors are zeros, with the first value, which is no larger.
+        scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(dtype).tiny)
+        alive = length > 0
+        matrix = matrix.at[step, step].set(jnp.where(alive, matrix[step, step], matrix[0, 0]))
+        length = tree_norm(rest)
+        length = jnp.where(length > 100 * jnp.finfo(dtype).eps * scale, length, 0)
+        vector = jax.tree.map(
+            lambda r, b=length: jnp.where(b > 0, r / jnp.where(b > 0, b, 1), 0).astype(r.dtype),
+            rest,
+        )
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values[-1], _unit(basis.combine(vectors[:, -1], start))

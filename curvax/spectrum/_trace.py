@@ -1,0 +1,115 @@
+r"""The trace of an operator, by probes alone or with its dominant part taken out first."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from curvax._checks import check_choice, check_count
+from curvax.spectrum._basis import Basis
+from curvax.spectrum._lanczos import breakdown, finite_product
+from curvax.spectrum._operator import Operator, tree_dot
+
+METHODS = ("hutchinson", "hutch++")
+
+
+class Trace(NamedTuple):
+    """An estimate of a trace.
+
+    Attributes:
+      value: the estimate.
+      standard_error: its standard error; zero where nothing is left to estimate, NaN for a single
+        probe.
+      samples: what each probe gave, of shape (num_probes,).
+      num_products: the number of products with the operator.
+    """
+
+    value: float
+    standard_error: float
+    samples: np.ndarray
+    num_products: int
+
+
+def trace(
+    operator: Operator, *, key: jax.Array, num_probes: int = 32, method: str = "hutchinson"
+) -> Trace:
+    r"""The trace of an operator, with a standard error.
+
+    ``"hutchinson"`` averages $z^T A z$ over Rademacher probes. ``"hutch++"`` spends a third of its
+    products on a basis $Q$ of the range of $A S$ with random $S$, a third on the exact trace of
+    $Q^T A Q$, and a third on probes of what is left, $(I - Q Q^T) A (I - Q Q^T)$: where a few
+    eigenvalues dominate, as in networks, its variance is much smaller.
+
+    Args:
+      operator: a symmetric operator.
+      key: a PRNG key for the probes.
+      num_probes: the number of probes; ``"hutch++"`` makes three products for each.
+      method: ``"hutchinson"`` or ``"hutch++"``.
+
+    Returns:
+      The estimate.
+
+    Raises:
+      ValueError: if a product is not finite, or an option is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import spectrum
+      >>> matrix = jnp.array([[2.0, 0.5], [0.5, 3.0]])
+      >>> operator = spectrum.Operator(lambda vector: matrix @ vector, jnp.zeros(2))
+      >>> result = spectrum.trace(operator, key=jax.random.key(0), method="hutch++")
+      >>> print(round(result.value, 4), result.standard_error)
+      5.0 0.0
+
+    References:
+      Hutchinson, [A stochastic estimator of the
+      trace](https://doi.org/10.1080/03610918908812806), 1989. Meyer et al.,
+      [Hutch++](https://arxiv.org/abs/2010.09649), 2021, Algorithm 1.
+    """
+    check_count("num_probes", num_probes)
+    check_choice("method", method, METHODS)
+    if method == "hutchinson":
+        samples = np.array(
+            [_quadratic_form(operator, part) for part in jax.random.split(key, num_probes)]
+        )
+        return Trace(float(samples.mean()), _standard_error(samples), samples, num_probes)
+    return _hutch_plus_plus(operator, key, min(num_probes, operator.size))
+
+
+def _quadratic_form(operator: Operator, key: jax.Array) -> float:
+    probe = operator.random_vector(key, "rademacher")
+    return float(tree_dot(probe, finite_product(operator, probe)))
+
+
+def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int) -> Trace:
+    basis = Basis(operator.like, number)
+    dominant, size, num_products = 0.0, 0, 0
+    key_range, key_rest = jax.random.split(key)
+    scale = 0.0
+    for part in jax.random.split(key_range, number):
+        image = finite_product(operator, operator.random_vector(part, "rademacher"))
+        num_products += 1
+        _, rest, length = basis.orthogonalized(image)
+        scale = max(scale, length)
+        if length <= breakdown(operator, scale):
+            continue
+        basis.put(rest, length, size)
+        direction = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
+        dominant += float(tree_dot(direction, finite_product(operator, direction)))
+        num_products += 1
+        size += 1
+    if size == operator.size:
+        return Trace(dominant, 0.0, np.zeros(0), num_products)
+    samples = []
+    for part in jax.random.split(key_rest, number):
+        _, probe, _ = basis.orthogonalized(operator.random_vector(part, "rademacher"))
+        samples.append(float(tree_dot(probe, finite_product(operator, probe))))
+        num_products += 1
+    left = np.array(samples)
+    return Trace(dominant + float(left.mean()), _standard_error(left), left, num_products)
+
+
+def _standard_error(samples: np.ndarray) -> Any:
+    if len(samples) < 2:
+        return float("nan")
+    return float(samples.std(ddof=1) / np.sqrt(len(samples)))
