@@ -22,6 +22,17 @@ def demo(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def pruning_demo(monkeypatch):
+    """The module of the pruning demo, which is called as curvax's package is."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import pruning
+
+    yield pruning
+    for name in ("pruning", "digits", "datasets"):
+        sys.modules.pop(name, None)
+
+
 def write_idx(path, array):
     header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     opener = gzip.open if path.suffix == ".gz" else open
@@ -61,6 +72,26 @@ def test_idx_files_are_read_compressed_or_not(demo, idx_folder):
     demo_args = ["--dataset", "fashion-mnist", "--data-dir", str(idx_folder)]
     demo.main([*demo_args, "--epochs", "1", "--batch-size", "16", "--output", str(idx_folder)])
     assert (idx_folder / "fashion-mnist.png").is_file()
+
+
+def test_pruning_by_curvature_beats_magnitudes(pruning_demo, tmp_path, capsys):
+    arguments = ["--epochs", "4", "--num-grads", "128", "--recomputations", "2"]
+    pruning_demo.main([*arguments, "--output", str(tmp_path)])
+    rows = {
+        line[:18].strip(): [float(value.rstrip("%")) for value in line[18:].split()]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(tuple(pruning_demo.METHODS))
+    }
+    assert set(rows) == set(pruning_demo.METHODS)
+    at_80 = pruning_demo.SPARSITIES.index(0.8)
+    assert rows["M-FAC, in steps"][at_80] > rows["magnitude"][at_80]
+    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_gradients_than_images_are_refused(pruning_demo, capsys):
+    with pytest.raises(SystemExit):
+        pruning_demo.main(["--num-grads", "5000"])
+    assert "--num-grads is above the 1437 training images" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_one_sentence(demo, tmp_path, capsys):

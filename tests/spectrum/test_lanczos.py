@@ -1,0 +1,300 @@
+"""Lanczos, eigenpairs, density and trace against exact dense spectra."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax import spectrum
+
+from . import problems
+from .problems import loss_fn, ravel
+
+KEY = jax.random.key(0)
+every_seed = pytest.mark.parametrize("seed", range(3))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def hessian(seed=0, hidden=8):
+    one = problems.problem(seed, hidden)
+    operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+    return operator, problems.dense_hessian(one)
+
+
+def diagonal(entries):
+    entries = jnp.asarray(entries, float)
+    return spectrum.Operator(lambda v: entries * v, jnp.zeros(len(entries)))
+
+
+class TestLanczos:
+    @pytest.mark.parametrize("reorthogonalize", ["full", "selective"])
+    @every_seed
+    def test_of_full_order_it_has_all_eigenvalues(self, seed, reorthogonalize):
+        operator, matrix = hessian(seed)
+        start = operator.random_vector(KEY)
+        result = spectrum.lanczos(operator, start, 10**6, reorthogonalize=reorthogonalize)
+        values = np.linalg.eigvalsh(matrix)
+        found = result.eigh()[0]
+        # Each distinct eigenvalue once, none that is not there.
+        distances = np.abs(found[:, np.newaxis] - values)
+        assert distances.min(axis=1).max() < 1e-10
+        assert distances.min(axis=0).max() < 1e-8
+
+    def test_its_moments_are_those_of_the_start_vector(self):
+        operator, matrix = hessian()
+        start = operator.random_vector(KEY)
+        values, vectors = spectrum.lanczos(operator, start, 5).eigh()
+        v = ravel(start) / np.linalg.norm(ravel(start))
+        for power in range(10):
+            exact = v @ np.linalg.matrix_power(matrix, power) @ v
+            np.testing.assert_allclose(vectors[0] ** 2 @ values**power, exact, atol=1e-12)
+
+    def test_without_reorthogonalization_it_has_the_same_start(self):
+        operator, _ = hessian()
+        start = operator.random_vector(KEY)
+        one, other = (
+            spectrum.lanczos(operator, start, 6, reorthogonalize=kind) for kind in ("full", "none")
+        )
+        np.testing.assert_allclose(one.diagonal, other.diagonal, atol=1e-10)
+        np.testing.assert_allclose(one.off_diagonal, other.off_diagonal, atol=1e-10)
+
+    def test_it_ends_where_the_space_is_exhausted(self):
+        operator = diagonal([1.0, 1.0, 3.0, 3.0, 3.0])
+        result = spectrum.lanczos(operator, jnp.arange(1.0, 6.0), 5)
+        assert result.residual == 0
+        np.testing.assert_allclose(result.eigh()[0], [1.0, 3.0], atol=1e-12)
+
+    def test_more_steps_than_rows_are_not_made(self):
+        result = spectrum.lanczos(diagonal([1.0, 2.0]), jnp.ones(2), 50)
+        assert result.num_products == 2
+
+    def test_a_zero_operator_has_the_eigenvalue_zero(self):
+        result = spectrum.lanczos(diagonal(np.zeros(4)), jnp.ones(4), 3)
+        np.testing.assert_array_equal(result.diagonal, [0.0])
+
+    def test_compilation_does_not_depend_on_the_order(self):
+        count = 0
+
+        def product(v):
+            nonlocal count
+            count += 1
+            return jnp.arange(30.0) * v
+
+        operator = spectrum.Operator(jax.jit(product), jnp.zeros(30))
+        for order in (3, 12):
+            spectrum.lanczos(operator, jnp.ones(30), order)
+        assert count == 1
+
+    def test_bad_input(self):
+        operator = diagonal([1.0, 2.0])
+        with pytest.raises(ValueError, match="finite positive length, got 0"):
+            spectrum.lanczos(operator, jnp.zeros(2), 2)
+        with pytest.raises(ValueError, match="order must be"):
+            spectrum.lanczos(operator, jnp.ones(2), 0)
+        with pytest.raises(ValueError, match="reorthogonalize must be one of"):
+            spectrum.lanczos(operator, jnp.ones(2), 2, reorthogonalize="partial")
+        broken = spectrum.Operator(lambda v: v * jnp.nan, jnp.zeros(2))
+        with pytest.raises(ValueError, match="not finite"):
+            spectrum.lanczos(broken, jnp.ones(2), 2)
+
+
+class TestEigenpairs:
+    @every_seed
+    @pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])
+    def test_values_and_vectors_are_the_dense_ones(self, which, seed):
+        operator, matrix = hessian(seed)
+        pairs = spectrum.top_eigenpairs(operator, 5, key=KEY, which=which, tolerance=1e-7)
+        exact = np.linalg.eigvalsh(matrix)
+        expected = {
+            "largest": exact[::-1][:5],
+            "smallest": exact[:5],
+            "both": np.concatenate([exact[::-1][:3], exact[1::-1]]),
+            "magnitude": exact[np.argsort(-np.abs(exact))[:5]],
+        }[which]
+        np.testing.assert_allclose(pairs.values, expected, atol=1e-8)
+        assert pairs.converged.all()
+        for index, value in enumerate(pairs.values):
+            vector = ravel(jax.tree.map(lambda x, i=index: x[i], pairs.vectors))
+            np.testing.assert_allclose(np.linalg.norm(vector), 1, atol=1e-10)
+            residual = np.linalg.norm(matrix @ vector - value * vector)
+            np.testing.assert_allclose(residual, pairs.residuals[index], atol=1e-9)
+
+    def test_residuals_bound_the_errors_before_convergence(self):
+        operator, matrix = hessian()
+        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, tolerance=0.0, max_products=9)
+        exact = np.linalg.eigvalsh(matrix)
+        assert pairs.num_products == 9
+        assert not pairs.converged.all()
+        for value, residual in zip(pairs.values, pairs.residuals, strict=True):
+            assert np.abs(exact - value).min() <= residual * (1 + 1e-9)
+
+    def test_a_small_basis_restarts_and_finds_the_same(self):
+        operator, matrix = hessian(hidden=30)
+        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, basis_size=6, tolerance=1e-6)
+        assert pairs.num_products > 6
+        np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(matrix)[::-1][:3], atol=1e-8)
+
+    def test_multiple_eigenvalues_are_all_found(self):
+        operator = diagonal([5.0, 5.0, 5.0, 1.0, 1.0, 0.0, -2.0])
+        pairs = spectrum.top_eigenpairs(operator, 5, key=KEY, tolerance=1e-9)
+        np.testing.assert_allclose(pairs.values, [5.0, 5.0, 5.0, 1.0, 1.0], atol=1e-10)
+        flat = np.asarray(pairs.vectors)
+        np.testing.assert_allclose(flat @ flat.T, np.eye(5), atol=1e-10)
+
+    def test_a_warm_start_takes_fewer_products_and_an_eigenvector_does_not_mislead(self):
+        operator, _ = hessian()
+        cold = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-6)
+        warm = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-6, start=cold.vectors)
+        assert warm.num_products < cold.num_products
+        np.testing.assert_allclose(warm.values, cold.values, atol=1e-8)
+        # Started from the eigenvector of a smaller eigenvalue, it still finds the largest.
+        misled = diagonal([1.0, 2.0, 7.0])
+        pairs = spectrum.top_eigenpairs(misled, 1, key=KEY, start=jnp.array([1.0, 0.0, 0.0]))
+        np.testing.assert_allclose(pairs.values, [7.0])
+
+    def test_a_zero_operator_has_zeros(self):
+        pairs = spectrum.top_eigenpairs(diagonal(np.zeros(100)), 3, key=KEY)
+        np.testing.assert_array_equal(pairs.values, np.zeros(3))
+        assert pairs.converged.all()
+
+    def test_in_float32_values_are_right_to_its_precision(self):
+        one = problems.problem(dtype=jnp.float32)
+        operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        exact = np.linalg.eigvalsh(problems.dense_hessian(problems.problem()))
+        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY)
+        np.testing.assert_allclose(pairs.values, exact[::-1][:3], rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+    def test_sharded_vectors_give_the_same_values_and_stay_sharded(self, kind):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+        sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
+        matrix = jax.random.normal(jax.random.key(1), (16, 16))
+        inputs = jax.random.normal(jax.random.key(2), (20, 4))
+
+        def loss(w, x):
+            return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+        weights = matrix[:4]
+        alone = spectrum.top_eigenpairs(
+            spectrum.hessian_operator(loss, weights, [inputs]), 3, key=KEY
+        )
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(weights, sharding)
+            operator = spectrum.hessian_operator(loss, sharded, [inputs])
+            assert operator(sharded).sharding.is_equivalent_to(sharding, 2)
+            pairs = spectrum.top_eigenpairs(operator, 3, key=KEY)
+            assert not pairs.vectors.sharding.is_fully_replicated
+        np.testing.assert_allclose(pairs.values, alone.values, atol=1e-9)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"k": 3}, "more than the 2 rows"),
+            ({"k": 0}, "k must be"),
+            ({"which": "top"}, "which must be one of"),
+            ({"tolerance": -1.0}, "tolerance must be"),
+            ({"max_products": 0}, "max_products must be"),
+            ({"basis_size": 1}, "basis_size must be at least"),
+            ({"start": jnp.zeros(2)}, "start must have a finite positive length"),
+        ],
+    )
+    def test_bad_input(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            spectrum.top_eigenpairs(diagonal([1.0, 2.0]), **{"k": 1, "key": KEY, **options})
+
+
+class TestDensity:
+    @every_seed
+    @pytest.mark.parametrize("order", [10, 40])
+    def test_its_distance_to_the_exact_density_is_within_the_stated_error(self, order, seed):
+        operator, matrix = hessian(seed, hidden=20)
+        exact = np.linalg.eigvalsh(matrix)
+        result = spectrum.spectral_density(
+            operator, key=jax.random.key(seed), order=order, num_probes=10
+        )
+        distance = spectrum.wasserstein_distance(
+            np.concatenate(result.nodes),
+            np.concatenate(result.weights),
+            exact,
+            np.ones_like(exact),
+        )
+        assert distance <= result.wasserstein_error
+        assert result.wasserstein_error < np.ptp(exact) / 4
+
+    def test_it_integrates_to_one_and_smooths_the_nodes(self):
+        operator, _ = hessian()
+        result = spectrum.spectral_density(operator, key=KEY, order=20, num_probes=4)
+        step = result.grid[1] - result.grid[0]
+        np.testing.assert_allclose(result.density.sum() * step, 1, atol=1e-3)
+        np.testing.assert_allclose(
+            result.smoothed(result.grid, result.bandwidth), result.density, rtol=1e-10
+        )
+        assert np.all(result.standard_error >= 0)
+
+    def test_one_probe_has_no_error_bar_and_a_zero_operator_has_a_spike(self):
+        single = spectrum.spectral_density(diagonal([1.0, 2.0]), key=KEY, num_probes=1)
+        assert np.all(np.isnan(single.standard_error))
+        assert np.isinf(single.wasserstein_error)
+        zero = spectrum.spectral_density(diagonal(np.zeros(5)), key=KEY, num_probes=2)
+        assert np.all(np.concatenate(zero.nodes) == 0)
+        assert np.all(np.isfinite(zero.density))
+
+    def test_the_distance_of_two_points_is_their_distance(self):
+        one = np.ones(1)
+        assert spectrum.wasserstein_distance(np.array([1.0]), one, np.array([3.5]), one) == 2.5
+
+    @pytest.mark.parametrize(
+        "options", [{"order": 0}, {"num_probes": 0}, {"bandwidth": 0.0}, {"grid_size": 0}]
+    )
+    def test_bad_input(self, options):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            spectrum.spectral_density(diagonal([1.0, 2.0]), key=KEY, **options)
+
+
+class TestTrace:
+    @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+    def test_it_is_within_four_standard_errors_over_twenty_seeds(self, method):
+        operator, matrix = hessian(hidden=12)
+        exact = np.trace(matrix)
+        for seed in range(20):
+            result = spectrum.trace(
+                operator, key=jax.random.key(seed), num_probes=12, method=method
+            )
+            assert abs(result.value - exact) <= 4 * result.standard_error
+
+    def test_hutch_plus_plus_is_better_at_equal_products_where_few_eigenvalues_dominate(self):
+        rng = np.random.default_rng(0)
+        basis, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+        values = np.concatenate([[50, 30, 20], rng.uniform(0, 0.1, 57)])
+        matrix = jnp.asarray(basis * values @ basis.T)
+        operator = spectrum.Operator(lambda v: matrix @ v, jnp.zeros(60))
+
+        def error(method, num_probes):
+            results = [
+                spectrum.trace(
+                    operator, key=jax.random.key(seed), num_probes=num_probes, method=method
+                )
+                for seed in range(10)
+            ]
+            return np.sqrt(np.mean([(one.value - values.sum()) ** 2 for one in results]))
+
+        assert error("hutch++", 8) < error("hutchinson", 24) / 10
+
+    def test_of_a_small_matrix_hutch_plus_plus_is_exact(self):
+        result = spectrum.trace(diagonal([1.0, 2.0, 4.0]), key=KEY, method="hutch++")
+        np.testing.assert_allclose(result.value, 7.0)
+        assert result.standard_error == 0
+
+    def test_a_single_probe_has_no_standard_error(self):
+        assert np.isnan(spectrum.trace(diagonal([1.0, 2.0]), key=KEY, num_probes=1).standard_error)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="method must be one of"):
+            spectrum.trace(diagonal([1.0]), key=KEY, method="xtrace")
+        with pytest.raises(ValueError, match="num_probes must be"):
+            spectrum.trace(diagonal([1.0]), key=KEY, num_probes=0)

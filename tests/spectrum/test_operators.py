@@ -1,0 +1,296 @@
+"""Operators: the dense matrices of the whole data, of parts of the tree, in other libraries."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import curvax
+from curvax import spectrum
+
+from . import problems
+from .problems import loss_fn, network, ravel
+
+CROSS_ENTROPY = "softmax_cross_entropy"
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def as_matrix(operator):
+    flat, _ = ravel_pytree(operator.like)
+    product = operator.flat_product()
+    return np.stack([np.asarray(product(row)) for row in jnp.eye(flat.size)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hessian_of_uneven_batches_is_that_of_all_examples(seed):
+    one = problems.problem(seed)
+    operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+    np.testing.assert_allclose(as_matrix(operator), problems.dense_hessian(one), atol=1e-12)
+
+
+def test_gauss_newton_and_empirical_fisher_are_their_dense_matrices():
+    one = problems.problem()
+    flat, unravel = ravel_pytree(one.params)
+    J = np.asarray(jax.jacobian(lambda x: network(unravel(x), one.inputs))(flat))
+    p = np.asarray(jax.nn.softmax(network(one.params, one.inputs)))
+    ggn = fisher = 0
+    for n in range(41):
+        ggn = ggn + J[n].T @ (np.diag(p[n]) - np.outer(p[n], p[n])) @ J[n] / 41
+        gradient = J[n].T @ (p[n] - np.eye(4)[one.targets[n]])
+        fisher = fisher + np.outer(gradient, gradient) / 41
+    for make, expected in (
+        (spectrum.ggn_operator, ggn),
+        (spectrum.empirical_fisher_operator, fisher),
+    ):
+        operator = make(network, CROSS_ENTROPY, one.params, one.batches)
+        np.testing.assert_allclose(as_matrix(operator), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", ["first", "second/kernel"])
+def test_a_selection_is_a_block_of_the_whole(layer):
+    one = problems.problem()
+    operator = spectrum.hessian_operator(
+        loss_fn, one.params, one.batches, select=lambda path, leaf: path.startswith(layer)
+    )
+    chosen = np.array(
+        [
+            path.startswith(layer)
+            for path, leaf in (
+                ("first/bias", one.params["first"]["bias"]),
+                ("first/kernel", one.params["first"]["kernel"]),
+                ("second/kernel", one.params["second"]["kernel"]),
+            )
+            for _ in range(leaf.size)
+        ]
+    )
+    expected = problems.dense_hessian(one)[np.ix_(chosen, chosen)]
+    np.testing.assert_allclose(as_matrix(operator), expected, atol=1e-12)
+    assert all(path.startswith(layer) for path in operator.like)
+
+
+def test_adapters_are_selected_by_their_paths():
+    """LoRA: the frozen kernel takes no part."""
+    rng = np.random.default_rng(0)
+    params = {
+        "frozen": jnp.asarray(rng.standard_normal((5, 4))),
+        "lora_a": jnp.asarray(rng.standard_normal((5, 2))),
+        "lora_b": jnp.asarray(rng.standard_normal((2, 4))),
+    }
+    inputs = jnp.asarray(rng.standard_normal((9, 5)))
+
+    def loss(p, x):
+        return jnp.mean(jnp.tanh(x @ (p["frozen"] + p["lora_a"] @ p["lora_b"])) ** 2)
+
+    operator = spectrum.hessian_operator(
+        loss, params, [inputs], select=lambda path, leaf: "lora" in path
+    )
+    adapters = {name: leaf for name, leaf in params.items() if "lora" in name}
+    expected = problems.dense(lambda a: loss({**params, **a}, inputs), adapters)
+    np.testing.assert_allclose(as_matrix(operator), expected, atol=1e-12)
+
+
+def test_data_are_streamed_and_an_iterator_is_kept():
+    one = problems.problem()
+
+    class Stream:
+        passes = 0
+
+        def __iter__(self):
+            Stream.passes += 1
+            return iter(one.batches)
+
+    operator = spectrum.hessian_operator(loss_fn, one.params, Stream(), check_deterministic=False)
+    before = Stream.passes
+    operator(one.params)
+    operator(one.params)
+    assert Stream.passes == before + 2
+    once = spectrum.hessian_operator(loss_fn, one.params, iter(one.batches))
+    np.testing.assert_array_equal(ravel(once(one.params)), ravel(operator(one.params)))
+
+
+def test_a_loss_is_compiled_once_for_all_its_operators():
+    one, count = problems.problem(), 0
+
+    def counted(params, inputs, targets):
+        nonlocal count
+        count += 1
+        return loss_fn(params, inputs, targets)
+
+    for scale in (1.0, 2.0):
+        params = jax.tree.map(lambda leaf, s=scale: s * leaf, one.params)
+        operator = spectrum.hessian_operator(counted, params, one.batches[:1])
+        operator(params)
+    assert count == 1
+
+
+def test_low_precision_params_have_wide_vectors():
+    one = problems.problem(dtype=jnp.bfloat16)
+    operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+    assert {leaf.dtype for leaf in jax.tree.leaves(operator.like)} == {jnp.dtype(jnp.float32)}
+    image = operator(operator.random_vector(jax.random.key(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(image)} == {jnp.dtype(jnp.float32)}
+
+
+class TestPreconditioned:
+    """The dense matrix P^-1/2 H P^-1/2 of each optimizer."""
+
+    def run(self, tx, steps=3, **extra):
+        one = problems.problem()
+        params, state = one.params, tx.init(one.params)
+
+        def loss(p):
+            return loss_fn(p, one.inputs, one.targets)
+
+        for _ in range(steps):
+            updates, state = tx.update(jax.grad(loss)(params), state, params, obj_fn=loss, **extra)
+            params = optax.apply_updates(params, updates)
+        operator = spectrum.hessian_operator(loss_fn, params, one.batches)
+        return operator, state, problems.dense(loss, params)
+
+    def test_adam(self):
+        operator, state, hessian = self.run(optax.with_extra_args_support(optax.adam(0.01)))
+        root = spectrum.adam_inverse_root(state, operator.like)
+        nu = ravel(optax.tree.get(state, "nu")) / (1 - 0.999**3)
+        expected = 1 / np.sqrt(np.sqrt(nu) + 1e-8)
+        scaled = spectrum.preconditioned(operator, root)
+        np.testing.assert_allclose(
+            as_matrix(scaled), expected[:, np.newaxis] * hessian * expected, rtol=1e-9, atol=1e-10
+        )
+
+    def test_adahessian_and_a_part_of_the_tree(self):
+        operator, state, _ = self.run(curvax.adahessian(0.01))
+        root = spectrum.adahessian_inverse_root(state, operator.like)
+        nu = ravel(optax.tree.get(state, "nu")) / float(optax.tree.get(state, "nu_weight"))
+        expected = 1 / np.sqrt(np.sqrt(nu) + 1e-4)
+        np.testing.assert_allclose(ravel(root), expected, rtol=1e-10)
+        part = spectrum.adahessian_inverse_root(state, {"second/kernel": jnp.zeros((8, 4))})
+        np.testing.assert_array_equal(part["second/kernel"], root["second"]["kernel"])
+
+    @pytest.mark.parametrize("steps", [3, 7])
+    def test_mfac(self, steps):
+        tx = curvax.mfac(0.01, num_grads=5, damping=0.01)
+        operator, state, hessian = self.run(tx, steps)
+        rows = jax.tree.leaves(optax.tree.get(state, "window").rows)
+        G = np.concatenate([np.reshape(x, (5, -1)) for x in rows], axis=1)
+        F = 0.01 * np.eye(G.shape[1]) + G.T @ G / 5
+        values, vectors = np.linalg.eigh(F)
+        root = vectors / np.sqrt(values) @ vectors.T
+        scaled = spectrum.preconditioned(operator, spectrum.mfac_inverse_root(state))
+        np.testing.assert_allclose(as_matrix(scaled), root @ hessian @ root, atol=1e-8)
+
+    def test_a_state_before_the_first_step_is_refused(self):
+        params = problems.problem().params
+        for tx, root in (
+            (optax.adam(0.1), lambda s: spectrum.adam_inverse_root(s, params)),
+            (curvax.adahessian(0.1), lambda s: spectrum.adahessian_inverse_root(s, params)),
+            (curvax.mfac(num_grads=2), spectrum.mfac_inverse_root),
+        ):
+            with pytest.raises(ValueError, match="has seen no step yet"):
+                root(tx.init(params))
+
+
+class TestOtherLibraries:
+    def test_scipy_finds_the_same_eigenvalues(self):
+        from scipy.sparse.linalg import eigsh
+
+        one = problems.problem()
+        operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        values = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+        exact = np.linalg.eigvalsh(problems.dense_hessian(one))
+        np.testing.assert_allclose(np.sort(values), exact[-3:], atol=1e-9)
+
+    def test_matfree_takes_the_flat_product(self):
+        decomp = pytest.importorskip("matfree.decomp")
+        one = problems.problem()
+        operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        tridiag = decomp.tridiag_sym(20, reortho="full")
+        start = jnp.asarray(ravel(operator.random_vector(jax.random.key(0))))
+        result = tridiag(operator.flat_product(), start)
+        values = np.linalg.eigvalsh(np.asarray(result.J_small))
+        exact = np.linalg.eigvalsh(problems.dense_hessian(one))
+        np.testing.assert_allclose(values[-1], exact[-1], rtol=1e-6)
+
+    def test_lineax_solves_with_the_operator(self):
+        lineax = pytest.importorskip("lineax")
+        one = problems.problem()
+        ggn = spectrum.ggn_operator(network, CROSS_ENTROPY, one.params, one.batches)
+        shifted = spectrum.Operator(lambda v: jax.tree.map(lambda a, b: a + b, ggn(v), v), ggn.like)
+        linear = shifted.to_lineax()
+        rhs = shifted.random_vector(jax.random.key(0))
+        solution = lineax.linear_solve(
+            lineax.TaggedLinearOperator(linear, lineax.positive_semidefinite_tag),
+            rhs,
+            lineax.CG(rtol=1e-10, atol=1e-10),
+        ).value
+        np.testing.assert_allclose(ravel(shifted(solution)), ravel(rhs), atol=1e-8)
+
+
+class TestBadInput:
+    def test_an_empty_data_set(self):
+        with pytest.raises(ValueError, match="batches are empty"):
+            spectrum.hessian_operator(loss_fn, problems.problem().params, [])
+
+    def test_a_loss_that_is_no_scalar(self):
+        one = problems.problem()
+        with pytest.raises(ValueError, match="the loss must return a real floating-point scalar"):
+            spectrum.hessian_operator(lambda p, x, y: network(p, x), one.params, one.batches)
+
+    def test_a_selection_of_nothing(self):
+        one = problems.problem()
+        with pytest.raises(ValueError, match=r"selects no leaf.*first/bias, first/kernel"):
+            spectrum.hessian_operator(loss_fn, one.params, one.batches, select=lambda *_: False)
+
+    def test_leaves_that_are_not_real(self):
+        for dtype in (int, complex):
+            with pytest.raises(ValueError, match=f"real floating-point, got {dtype.__name__}"):
+                spectrum.Operator(lambda v: v, {"a": jnp.ones(2, dtype)})
+        with pytest.raises(ValueError, match="at least one entry"):
+            spectrum.Operator(lambda v: v, {})
+
+    def test_a_vector_that_does_not_match(self):
+        operator = spectrum.Operator(lambda v: v, jnp.zeros(3))
+        with pytest.raises(ValueError, match="the vector must match"):
+            operator(jnp.zeros(4))
+
+    def test_two_products_that_differ_are_a_warning(self):
+        key = [jax.random.key(0)]
+
+        def batches():
+            while True:
+                key[0], part = jax.random.split(key[0])
+                yield [part]
+
+        stream = batches()
+
+        class Noisy:
+            def __iter__(self):
+                return iter(next(stream))
+
+        def dropout_loss(w, part):
+            return jnp.sum(jax.random.bernoulli(part, 0.5, w.shape) * w**2)
+
+        with pytest.warns(UserWarning, match="two products of the same vector differ"):
+            spectrum.hessian_operator(dropout_loss, jnp.ones(20), Noisy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            spectrum.hessian_operator(
+                dropout_loss, jnp.ones(20), Noisy(), check_deterministic=False
+            )
+
+    def test_a_matrix_that_is_not_symmetric_is_found_on_request(self):
+        matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        operator = spectrum.Operator(lambda v: matrix @ v, jnp.zeros(2))
+        with pytest.raises(ValueError, match="the operator is not symmetric"):
+            spectrum.check_symmetric(operator, key=jax.random.key(0))
+        one = problems.problem()
+        good = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        spectrum.check_symmetric(good, key=jax.random.key(0), tolerance=1e-12)
