@@ -11,7 +11,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
 
 demo-prune: $(VENV)/.examples
-	$(BIN)/python examples/pruning.py $(ARGS)
+	$(BIN)/python examples/prune_digits.py $(ARGS)
 
 # Tests mostly compile small programs: code generated in haste halves their time. The tests with
 # the oldest dependencies, the notebooks and the benchmarks run what users run.

@@ -24,12 +24,12 @@ def demo(monkeypatch):
 
 @pytest.fixture
 def pruning_demo(monkeypatch):
-    """The module of the pruning demo, which is called as curvax's package is."""
+    """The module of the pruning demo."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    import pruning
+    import prune_digits
 
-    yield pruning
-    for name in ("pruning", "digits", "datasets"):
+    yield prune_digits
+    for name in ("prune_digits", "digits", "datasets"):
         sys.modules.pop(name, None)
 
 

@@ -7,9 +7,10 @@ numbers a row over devices and the rest stays where it is.
 
 A vector is contracted as a few columns in one pass. On float32 rows they are disjoint parts
 of it, whose sums are rounded less and added pairwise: Gram entries then are as good as sums in
-float64 that are rounded once. On bfloat16 rows they are its leading, middle and last bits:
-products of two bfloat16 numbers are exact in float32, no row is ever converted, and XLA's CPU
-backend, which would convert all rows for a single column, multiplies several as they are.
+float64 that are rounded once. (Only a flat leaf of few rows is summed at once, for speed.) On
+bfloat16 rows they are its leading, middle and last bits: products of two bfloat16 numbers are exact
+in float32, no row is ever converted, and XLA's CPU backend, which would convert all rows for a
+single column, multiplies several as they are.
 """
 
 from typing import Any, NamedTuple, Protocol, Self
@@ -23,6 +24,7 @@ PyTree = Any
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
 _SMALL = 1024  # a leaf of fewer entries is summed as a whole
+_FEW = 256  # rows; a flat leaf of no more is summed as a whole, too
 
 
 class Window(Protocol):
@@ -145,6 +147,9 @@ def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
     if rows.dtype == jnp.bfloat16:
         return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
     vector = vector.astype(rows.dtype)
+    if vector.ndim == 1 and len(rows) <= _FEW:
+        # Further columns would double this pass, which is most of a step with so few rows.
+        return _contract(rows, vector[:, jnp.newaxis], 1, rows.dtype)
     if vector.ndim == 1 and vector.size >= _SMALL:
         # XLA's CPU backend is slow at a flat product of a few columns, and this is exact enough.
         return jnp.sum(rows * vector, axis=1, keepdims=True)

@@ -136,7 +136,23 @@ def spectral_density(
 def wasserstein_distance(
     nodes: np.ndarray, weights: np.ndarray, others: np.ndarray, other_weights: np.ndarray
 ) -> float:
-    """The area between two cumulative distributions."""
+    """The distance between two densities of points: the area between their cumulative sums.
+
+    Args:
+      nodes: the points of the first, of shape (n,).
+      weights: their weights, positive; only ratios count.
+      others: the points of the second, of shape (k,).
+      other_weights: their weights.
+
+    Returns:
+      The Wasserstein distance of order one, in the units of the points.
+
+    Example:
+      >>> import numpy as np
+      >>> from curvax import spectrum
+      >>> spectrum.wasserstein_distance(np.array([0.0, 1.0]), np.ones(2), np.ones(1), np.ones(1))
+      0.5
+    """
     places = np.concatenate([nodes, others])
     signed = np.concatenate([weights / weights.sum(), -other_weights / other_weights.sum()])
     order = np.argsort(places)

@@ -72,8 +72,8 @@ def lanczos(
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import spectrum
-      >>> operator = spectrum.Operator(lambda vector: jnp.array([1.0, 2.0, 5.0]) * vector,
-      jnp.zeros(3))
+      >>> entries = jnp.array([1.0, 2.0, 5.0])
+      >>> operator = spectrum.Operator(lambda vector: entries * vector, jnp.zeros(3))
       >>> result = spectrum.lanczos(operator, jnp.ones(3), 3)
       >>> print(result.eigh()[0].round(5))
       [1. 2. 5.]

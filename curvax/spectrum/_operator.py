@@ -103,6 +103,9 @@ def check_symmetric(
       num_probes: the number of pairs.
       tolerance: of the difference, relative to $\lVert u \rVert \lVert A v \rVert$.
 
+    Returns:
+      Nothing.
+
     Raises:
       ValueError: if a pair differs by more.
 

@@ -87,7 +87,7 @@ def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int) -> Trace:
     key_range, key_rest = jax.random.split(key)
     scale = 0.0
     for part in jax.random.split(key_range, number):
-        image = finite_product(operator, operator.random_vector(part, "rademacher"))
+        image = finite_product(operator, operator.random_vector(part))
         num_products += 1
         _, rest, length = basis.orthogonalized(image)
         scale = max(scale, length)

@@ -180,13 +180,13 @@ class TestTangentKernel:
                 network, "squared_error", one.params, [(one.inputs, targets)]
             )
             pairs = spectrum.top_eigenpairs(ggn, 5, key=jax.random.key(0), tolerance=1e-8)
-        np.testing.assert_allclose(kernel.values / 41, pairs.values, rtol=1e-9)
-        for index in range(5):
-            one_vector, other = (
-                ravel(jax.tree.map(lambda x, i=index: x[i], tree))
-                for tree in (kernel.parameter_vectors, pairs.vectors)
-            )
-            np.testing.assert_allclose(abs(one_vector @ other), 1, atol=1e-9)
+            np.testing.assert_allclose(kernel.values / 41, pairs.values, rtol=1e-9)
+            for index in range(5):
+                one_vector, other = (
+                    ravel(jax.tree.map(lambda x, i=index: x[i], tree))
+                    for tree in (kernel.parameter_vectors, pairs.vectors)
+                )
+                np.testing.assert_allclose(abs(one_vector @ other), 1, atol=1e-9)
 
     def test_bad_input(self):
         one = problems.problem(dtype=jnp.float32)

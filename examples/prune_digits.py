@@ -1,7 +1,7 @@
 """Trains a small Flax CNN on scikit-learn's digits and prunes it, with magnitudes and with M-FAC.
 
-    python examples/pruning.py
-    python examples/pruning.py --num-grads 256 --recomputations 4
+    python examples/prune_digits.py
+    python examples/prune_digits.py --num-grads 256 --recomputations 4
 
 Prints a table of test accuracies over sparsities and the path of a plot of them.
 """
