@@ -1,5 +1,6 @@
 """Which leaves are pruned, and the weights of theirs that are still alive."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,8 +96,11 @@ def alive_columns(grads: PyTree, params: PyTree, leaves: Sequence[Leaf]) -> list
 
 
 def _columns(rows: Any, leaf: Leaf) -> Any:
-    flat = rows.reshape(len(rows), -1)
-    return flat if len(leaf.alive) == flat.shape[1] else flat[:, leaf.alive]
+    if len(leaf.alive) == math.prod(leaf.shape):
+        return rows.reshape(len(rows), -1)
+    # On the host: on a device each number of alive weights would be compiled anew.
+    chosen = np.asarray(rows).reshape(len(rows), -1)[:, leaf.alive]
+    return chosen if isinstance(rows, np.ndarray) else jnp.asarray(chosen)
 
 
 def _wide(leaf: Any) -> np.ndarray:

@@ -137,10 +137,11 @@ def _dropped_and_changes(
     options: FisherOptions,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Which alive weights go, and by how much each changes."""
+    packing = options.packing(leaves)
     inverse = diagonal = None
     if columns is not None and (method == "obs" or update == "independent"):
-        inverse = options.invert(columns)
-        diagonal = inverse.diagonal()
+        inverse = options.invert(packing.pack(columns))
+        diagonal = packing.unpack(inverse.diagonal())
     if method == "magnitude":
         scores = magnitude_scores(leaves)
     elif method == "fisher":
@@ -156,7 +157,7 @@ def _dropped_and_changes(
         changes = joint_update(leaves, dropped, columns or [], options)
     else:
         assert inverse is not None
-        changes = independent_update(leaves, dropped, inverse, diagonal or [])
+        changes = independent_update(leaves, dropped, inverse, diagonal or [], packing)
     triples = zip(leaves, dropped, changes, strict=True)
     return dropped, [np.where(gone, -leaf.weights, change) for leaf, gone, change in triples]
 

@@ -1,5 +1,6 @@
 r"""Scores of single weights: what the loss is expected to rise by when one of them goes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from curvax.fisher import InverseFisher, inverse_fisher
 from curvax.fisher._block_inverse import BlockInverse
 from curvax.pruning._leaves import Leaf
+from curvax.pruning._packing import Packing
 
 
 class FisherOptions(NamedTuple):
@@ -19,6 +21,12 @@ class FisherOptions(NamedTuple):
     block_size: int | None
     scope: str
     mesh: jax.sharding.Mesh | None
+
+    def packing(self, leaves: Sequence[Leaf]) -> Packing:
+        """Side by side where weights are gone, so that shapes vary; not if blocks are per leaf."""
+        some_are_gone = any(len(leaf.alive) < math.prod(leaf.shape) for leaf in leaves)
+        sizes = [len(leaf.alive) for leaf in leaves]
+        return Packing.of(sizes, packed=some_are_gone and self.scope == "tree")
 
     def invert(self, columns: Sequence[Any]) -> InverseFisher:
         return inverse_fisher(
@@ -59,15 +67,17 @@ def greedy_scores(
     $-F^{-1} e_p w_p / [F^{-1}]_{pp}$. A weight's score is the largest saliency up to its turn, so
     that a threshold on scores takes the first ones of each block.
     """
+    packing = options.packing(leaves)
+    all_weights = packing.pack([leaf.weights for leaf in leaves])
+    all_columns = packing.pack(columns)
     scores: list[np.ndarray] = []
-    start = 0
-    for group in options.invert(columns).groups:
+    for group in options.invert(all_columns).groups:
         inverse = group.inverse
         assert isinstance(inverse, BlockInverse)
         part = slice(group.first, group.stop)
         dtype = inverse.columns.dtype
-        weights = [jnp.asarray(leaf.weights, dtype) for leaf in leaves[part]]
-        squares = [jnp.asarray(_mean_of_squares(rows), dtype) for rows in columns[part]]
+        weights = [jnp.asarray(leaf, dtype) for leaf in all_weights[part]]
+        squares = [jnp.asarray(_mean_of_squares(rows), dtype) for rows in all_columns[part]]
         batches = zip(
             inverse.in_blocks(weights),
             inverse.in_blocks(squares),
@@ -76,9 +86,7 @@ def greedy_scores(
         )
         pieces = [_greedy(w, 1 / (options.damping + f), block) for w, f, block in batches]
         scores += [np.asarray(leaf) for leaf in inverse.from_blocks(pieces)]
-        start = group.stop
-    assert start == len(leaves)
-    return scores
+    return packing.unpack(scores)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ import numpy as np
 from curvax.fisher import InverseFisher
 from curvax.fisher._static import compensation
 from curvax.pruning._leaves import Leaf
+from curvax.pruning._packing import Packing
 from curvax.pruning._scores import FisherOptions
 
 
@@ -25,13 +26,14 @@ def independent_update(
     dropped: Sequence[np.ndarray],
     inverse: InverseFisher,
     diagonal: Sequence[Any],
+    packing: Packing,
 ) -> list[np.ndarray]:
     """The sum of the changes for each dropped weight by itself."""
     rates = [
-        jnp.asarray(np.where(gone, leaf.weights / np.asarray(entries), 0))
+        np.where(gone, leaf.weights / np.asarray(entries), 0)
         for leaf, gone, entries in zip(leaves, dropped, diagonal, strict=True)
     ]
-    return [-np.asarray(change) for change in inverse.solve(rates)]
+    return [-change for change in packing.unpack(inverse.solve(packing.pack(rates)))]
 
 
 def joint_update(
@@ -41,25 +43,23 @@ def joint_update(
     options: FisherOptions,
 ) -> list[np.ndarray]:
     """The best change of the kept weights for all dropped ones together."""
-    removed = [
-        jnp.asarray(np.where(gone, leaf.weights, 0))
-        for leaf, gone in zip(leaves, dropped, strict=True)
-    ]
+    packing = options.packing(leaves)
+    removed = [np.where(gone, leaf.weights, 0) for leaf, gone in zip(leaves, dropped, strict=True)]
     changes = compensation(
-        list(columns),
-        removed,
-        [jnp.asarray(~gone) for gone in dropped],
+        packing.pack(columns),
+        [jnp.asarray(leaf) for leaf in packing.pack(removed)],
+        [jnp.asarray(leaf) for leaf in packing.pack([~gone for gone in dropped])],
         options.damping,
         block_size=options.block_size,
         scope=options.scope,
         mesh=options.mesh,
     )
-    return [np.asarray(change) for change in changes]
+    return packing.unpack(changes)
 
 
 def predicted_loss_change(columns: Sequence[Any], changes: Sequence[np.ndarray]) -> float:
     r"""$\bar g^T \delta + \frac{1}{2m} \sum_i (g_i^T \delta)^2$, the loss's model."""
     products = np.zeros(len(columns[0]))
     for rows, change in zip(columns, changes, strict=True):
-        products += np.asarray(rows @ change.astype(rows.dtype), np.float64)
+        products += np.asarray(rows) @ change.astype(rows.dtype)
     return float(products.mean() + (products**2).mean() / 2)
