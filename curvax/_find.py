@@ -41,3 +41,14 @@ def find_node(state: Any, fields: tuple[str, ...], *, one: str, several: str, ex
             "state that is meant."
         )
     return next(iter(found.values()))
+
+
+def find_mfac(state: Any) -> Any:
+    """The one M-FAC state inside ``state``."""
+    return find_node(
+        state,
+        ("window", "gram", "normalizer"),
+        one="M-FAC optimizer",
+        several="M-FAC optimizers",
+        example="curvax.mfac",
+    )

@@ -6,7 +6,7 @@ NumPy, memory maps among them, stay where they are; only the columns asked for r
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -58,11 +58,6 @@ class Columns:
         return [
             rows[:, start : start + size].reshape(len(rows), *shape) for start, size, shape in pairs
         ]
-
-
-def starts(num_columns: int, size: int) -> Iterator[int]:
-    """Where batches of ``size`` columns start."""
-    return iter(range(0, num_columns, size))
 
 
 def _slice(leaf: Any, start: int, size: int) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from curvax._checks import check_like
-from curvax._find import find_node
+from curvax._find import find_mfac
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._window import widened
 from curvax.optimizers._mfac import ScaleByMfacState, gradient_shapes
@@ -51,13 +51,7 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
       Frantar et al., [M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information](https://arxiv.org/abs/2107.03356), 2021, Section 4.
     """
-    node = find_node(
-        state,
-        ("window", "gram", "normalizer"),
-        one="M-FAC optimizer",
-        several="M-FAC optimizers",
-        example="curvax.mfac",
-    )
+    node = find_mfac(state)
     plain = _of_lists(node)
     leaves, treedef = jax.tree.flatten(vector)
     check_like("the vector", leaves, gradient_shapes(plain))

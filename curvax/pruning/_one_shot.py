@@ -1,5 +1,6 @@
 """Pruning in several steps with gradients gathered anew, and gradually with fine-tuning."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ import jax.numpy as jnp
 from curvax._checks import check_count, check_range, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import check_mask, is_kernel, selected_leaves
-from curvax.pruning._prune import prune
+from curvax.pruning._prune import explicit_target, prune
 from curvax.pruning._result import PruneResult
-from curvax.pruning._selection import Sparsity, check_sparsity, number_to_drop, pools
-from curvax.pruning._structures import NM
+from curvax.pruning._selection import Sparsity, number_to_drop, pools
 
 PyTree = Any
 
@@ -130,7 +130,7 @@ def prune_one_shot(
     """
     check_count("recomputations", recomputations)
     check_count("num_grads", num_grads)
-    target = _explicit_target(sparsity, options.get("structure"))
+    target = explicit_target(sparsity, options.get("structure"))
     steps = 1 if method == "magnitude" else recomputations
     predicted: float | None = None
     result = None
@@ -214,30 +214,18 @@ def _steps(
     options: Mapping[str, Any],
 ) -> list[Sparsity]:
     """The sparsities of each step, from the present ones on."""
-    check_sparsity(target)
-    predicate = options.get("predicate", is_kernel)
-    leaves = selected_leaves(params, mask, predicate)
-    present = {}
+    leaves = selected_leaves(params, mask, options.get("predicate", is_kernel))
+    paths = []
     for pool in pools(leaves, target, "global"):
         members = [leaves[number] for number in pool.leaves]
         number_to_drop(members, pool.sparsity)  # raises where it is below the present one
-        total = sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in members)
-        present[pool.sparsity] = 1 - sum(len(leaf.alive) for leaf in members) / total
+        total = sum(math.prod(leaf.shape) for leaf in members)
+        present = 1 - sum(len(leaf.alive) for leaf in members) / total
+        initial = min(present, pool.sparsity)
+        paths.append(geometric_sparsities(initial, pool.sparsity, num_steps))
     if isinstance(target, Mapping):
-        paths = {
-            pattern: geometric_sparsities(min(present[final], final), final, num_steps)
-            for pattern, final in target.items()
-        }
-        return [{pattern: path[k] for pattern, path in paths.items()} for k in range(num_steps)]
-    return list(geometric_sparsities(min(present[target], target), target, num_steps))
-
-
-def _explicit_target(sparsity: Sparsity | None, structure: Any) -> Sparsity:
-    if sparsity is not None:
-        return sparsity
-    if not isinstance(structure, NM):
-        raise ValueError("sparsity=None needs structure=NM(n, m), whose sparsity is 1 - n/m.")
-    return 1 - structure.n / structure.m
+        return [dict(zip(target, step, strict=True)) for step in zip(*paths, strict=True)]
+    return list(paths[0])
 
 
 def _check_path(initial: float, final: float, num_steps: int) -> None:

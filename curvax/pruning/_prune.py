@@ -110,7 +110,7 @@ def prune(
     """
     _check_options(method, update, scope, structure, block_size)
     check_range("damping", damping, low=0.0, open_low=True)
-    target = _target(sparsity, structure)
+    target = explicit_target(sparsity, structure)
     leaves = selected_leaves(params, mask, predicate)
     columns = None if grads is None else alive_columns(grads, params, leaves)
     if columns is None and (method != "magnitude" or update not in (None, "none")):
@@ -183,7 +183,8 @@ def _check_options(
         )
 
 
-def _target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
+def explicit_target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
+    """The checked sparsity, which for None is all that N:M allows."""
     if sparsity is None:
         if not isinstance(structure, NM):
             raise ValueError("sparsity=None needs structure=NM(n, m), whose sparsity is 1 - n/m.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_like, check_range, path_name
-from curvax._find import find_node
+from curvax._find import find_mfac, find_node
 from curvax.spectrum._operator import Operator
 
 PyTree = Any
@@ -162,13 +162,7 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
       >>> print(spectrum.mfac_inverse_root(state)(jnp.ones(2)).round(3))  # F = diag(1.25, 0.25)
       [0.894 2.   ]
     """
-    node = find_node(
-        state,
-        ("window", "gram", "normalizer"),
-        one="M-FAC optimizer",
-        several="M-FAC optimizers",
-        example="curvax.mfac",
-    )
+    node = find_mfac(state)
     _check_steps(int(jax.tree.leaves(node.count)[0]))
     gram, damping, normalizer = (
         np.asarray(jax.tree.leaves(x)[0], np.float64)

@@ -71,6 +71,23 @@ def test_sparsities_by_pattern_and_n_of_m_reach_their_targets():
     assert by_group.layers[0].sparsity == 0.5
 
 
+def test_patterns_of_one_sparsity_start_each_from_its_own():
+    """Of two leaves with one target, one is pruned already and the other is not."""
+    params, batches = problems.regression()
+    first = pruning.prune(params, None, {"second": 0.5}, method="magnitude")
+    result = pruning.prune_one_shot(
+        loss_fn,
+        first.params,
+        batches,
+        {"second": 0.5, "first": 0.5},
+        mask=first.mask,
+        num_grads=8,
+        recomputations=3,
+        progress=False,
+    )
+    assert [layer.sparsity for layer in result.layers] == [0.5, 0.5]
+
+
 def test_magnitudes_need_neither_gradients_nor_steps():
     params, _ = problems.regression()
     result = pruning.prune_one_shot(None, params, [], 0.5, method="magnitude")
