@@ -145,7 +145,9 @@ def main() -> None:
     parser.add_argument("--num-grads", type=int, default=512)
     parser.add_argument("--size", type=int, default=270_000)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[0, 128, 2000])
-    parser.add_argument("--blocks", type=int, default=3, help="turns of each contestant")
+    parser.add_argument(
+        "--blocks", type=int, default=3, help="turns of each contestant, at least 2"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     rows = gradients(args.num_grads, args.size, seed=0)

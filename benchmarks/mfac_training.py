@@ -18,7 +18,6 @@ strided one with tanh, and ahead on this one.
 
 import argparse
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import jax
 import numpy as np
 import optax
 import timing
+from finished_runs import FinishedRuns
 from flax import linen as nn
 from tqdm import tqdm
 
@@ -158,32 +158,17 @@ def evaluate(params: PyTree, examples: Images, size: int = 1000) -> tuple[float,
     return tuple(np.mean(numbers, axis=0).tolist())
 
 
-class Cache:
-    """Runs by what they depend on, in a file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = {entry["key"]: entry["run"] for entry in map(json.loads, lines)}
-
-    def get(self, name: str, data: Data, rate: float, seed: int, epochs: int) -> Run:
-        key = f"{CONTESTANTS[name].words}; rate {rate}; seed {seed}; {epochs} epochs"
-        if key not in self.runs:
-            self.runs[key] = train(name, data, rate, seed, epochs)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "run": self.runs[key]}) + "\n")
-        return self.runs[key]
-
-
-def measure(names: list[str], data: Data, cache: Cache, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    names: list[str], data: Data, cache: FinishedRuns, args: argparse.Namespace
+) -> dict[str, Any]:
     """Trials of the rates, then the runs of the table at the best of them."""
     results: dict[str, Any] = {}
     with tqdm(total=len(names) * (len(FACTORS) + args.seeds), unit="run") as progress:
 
         def run(name: str, rate: float, seed: int) -> Run:
             progress.set_description(f"{name}, rate {rate:g}, seed {seed}")
-            finished = cache.get(name, data, rate, seed, args.epochs)
+            key = f"{CONTESTANTS[name].words}; rate {rate}; seed {seed}; {args.epochs} epochs"
+            finished = cache.get(key, lambda: train(name, data, rate, seed, args.epochs))
             progress.update()
             return finished
 
@@ -266,7 +251,7 @@ def main() -> None:
     args = parse_args()
     data = load(args.data_dir)
     names = [name for name in CONTESTANTS if re.search(args.only, name)]
-    contestants = measure(names, data, Cache(ROOT / "build" / "mfac_training.jsonl"), args)
+    contestants = measure(names, data, FinishedRuns(ROOT / "build" / "mfac_training.jsonl"), args)
     loops = {name: step_loop(name, data) for name in names}
     for name, row in timing.time_loops(loops, seconds=2.0, cycle=10, blocks=5).items():
         contestants[name]["step"] = row

@@ -11,7 +11,6 @@ Writes JSON, a table and a plot to benchmarks/results/ under the hardware's name
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 import optax
 import timing
+from finished_runs import FinishedRuns
 from matplotlib.figure import Figure
 from models_flax import ResNet20
 from tqdm import tqdm
@@ -143,23 +143,6 @@ def trained(seed: int, data: Dataset, epochs: float) -> Variables:
 # --- Runs, each kept under what it depends on ---
 
 
-class Cache:
-    """Finished runs in a file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = {entry["key"]: entry["run"] for entry in map(json.loads, lines)}
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.runs:
-            self.runs[key] = make()
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "run": self.runs[key]}) + "\n")
-        return self.runs[key]
-
-
 def fisher_batches(data: Dataset, seed: int, size: int = FISHER_BATCH) -> Iterator[Any]:
     """Images and labels of random batches without end."""
     while True:
@@ -205,7 +188,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def one_shot(args: argparse.Namespace, data: Dataset, cache: Cache) -> dict[str, Any]:
+def one_shot(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
     """Test accuracy and loss of each method, sparsity and seed."""
     cells = [
         (seed, name, sparsity, num_grads)
@@ -247,7 +230,7 @@ def frozen_statistics(seed: int, data: "Dataset", epochs: float) -> Frozen:
     return Frozen(trained(seed, data, epochs).statistics)
 
 
-def gradual(args: argparse.Namespace, data: Dataset, cache: Cache) -> dict[str, Any]:
+def gradual(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
     """Gradual pruning with fine-tuning between, of equal budgets."""
     results: dict[str, Any] = {}
     for final in args.gradual_sparsities:
@@ -301,7 +284,7 @@ def gradual(args: argparse.Namespace, data: Dataset, cache: Cache) -> dict[str, 
     return results
 
 
-def prediction(args: argparse.Namespace, data: Dataset, cache: Cache) -> dict[str, Any]:
+def prediction(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
     """Predicted and measured changes of the loss where single leaves are pruned a little."""
 
     def run() -> Any:
@@ -461,7 +444,7 @@ class HashableDataset(Dataset):
 def main() -> None:
     args = parse_args()
     data = HashableDataset(*from_idx_files(args.data_dir))
-    cache = Cache(FOLDER / "runs.jsonl")
+    cache = FinishedRuns(FOLDER / "runs.jsonl")
     dense = [
         cache.get(
             f"dense; {args.epochs}; {seed}",
