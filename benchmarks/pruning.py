@@ -188,41 +188,88 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+RECOMPUTED = [name for name, options in METHODS.items() if options.get("recomputations") == 16]
+WITH_MORE_GRADIENTS = ("M-FAC independent, 1", "M-FAC joint, 1", "M-FAC joint, 16")
+
+
+class Cell(NamedTuple):
+    """One network to prune, and how."""
+
+    seed: int
+    name: str
+    sparsity: float
+    num_grads: int
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """The grid, most telling first: all methods on the first seed, then the seeds, then more.
+
+    Sixteen recomputations cost sixteen times as much; they are taken where sparsity is high, and
+    on further seeds with the full matrix and blocks of 128 only.
+    """
+    few, many = args.num_grads[0], args.num_grads[1:]
+    grid = []
+    for seed in range(args.seeds):
+        for name in METHODS:
+            if name in RECOMPUTED and seed and name not in args.repeated:
+                continue
+            chosen = args.recomputed_sparsities if name in RECOMPUTED else args.sparsities
+            grid += [Cell(seed, name, sparsity, few) for sparsity in chosen]
+    for num_grads in many:
+        for name in WITH_MORE_GRADIENTS:
+            chosen = [0.9] if name in RECOMPUTED else args.sparsities
+            grid += [Cell(0, name, sparsity, num_grads) for sparsity in chosen]
+    return grid
+
+
 def one_shot(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
     """Test accuracy and loss of each method, sparsity and seed."""
-    cells = [
-        (seed, name, sparsity, num_grads)
-        for num_grads in args.num_grads
-        for seed in range(args.seeds if num_grads == args.num_grads[0] else 1)
-        for sparsity in args.sparsities
-        for name in METHODS
-    ]
     results: dict[str, Any] = {}
-    with tqdm(cells, unit="run") as progress:
-        for seed, name, sparsity, num_grads in progress:
-            progress.set_description(f"{name}, {sparsity:.0%}, {num_grads} gradients, seed {seed}")
-            if name.startswith(("magnitude", "diagonal")) and num_grads != args.num_grads[0]:
-                continue
-
-            def run(seed=seed, name=name, sparsity=sparsity, num_grads=num_grads):
-                variables = trained(seed, data, args.epochs)
-                result = pruning.prune_one_shot(
-                    loss_with(frozen_statistics(seed, data, args.epochs)),
-                    variables.params,
-                    fisher_batches(data, seed),
-                    sparsity,
-                    num_grads=num_grads,
-                    progress=False,
-                    damping=args.damping,
-                    **METHODS[name],
-                )
-                pruned = variables._replace(params=result.params)
-                return evaluate(pruned, data.test_images, data.test_labels)
-
-            key = f"one-shot; {METHODS[name]}; {sparsity}; {num_grads}; {args.damping}; {seed}"
-            row = results.setdefault(f"{name}; {num_grads} gradients", {})
-            row.setdefault(str(sparsity), []).append(cache.get(key, run))
+    with tqdm(cells(args), unit="run") as progress:
+        for cell in progress:
+            name, sparsity = cell.name, cell.sparsity
+            progress.set_description(
+                f"{name}, {sparsity:.0%}, {cell.num_grads} gradients, seed {cell.seed}"
+            )
+            key = f"one-shot; {METHODS[name]}; {cell[2:]}; {args.damping}; {args.epochs}; {cell[0]}"
+            run = cache.get(key, lambda cell=cell: prune_and_evaluate(cell, args, data))
+            row = results.setdefault(f"{name}; {cell.num_grads} gradients", {})
+            row.setdefault(str(sparsity), []).append(run)
     return results
+
+
+def prune_and_evaluate(cell: Cell, args: argparse.Namespace, data: Dataset) -> dict[str, float]:
+    variables = trained(cell.seed, data, args.epochs)
+    options = {"damping": args.damping, **METHODS[cell.name]}
+    if options.get("recomputations", 1) == 1:  # one set of gradients serves all of these
+        options.pop("recomputations", None)
+        grads = None
+        if options["method"] != "magnitude":
+            grads = dense_gradients(cell.seed, cell.num_grads, args.epochs, data)
+        result = pruning.prune(variables.params, grads, cell.sparsity, **options)
+    else:
+        result = pruning.prune_one_shot(
+            loss_with(frozen_statistics(cell.seed, data, args.epochs)),
+            variables.params,
+            fisher_batches(data, cell.seed),
+            cell.sparsity,
+            num_grads=cell.num_grads,
+            progress=False,
+            **options,
+        )
+    pruned = variables._replace(params=result.params)
+    return evaluate(pruned, data.test_images, data.test_labels)
+
+
+@functools.lru_cache(maxsize=1)
+def dense_gradients(seed: int, num_grads: int, epochs: float, data: Dataset) -> PyTree:
+    return pruning.collect_gradients(
+        loss_with(frozen_statistics(seed, data, epochs)),
+        trained(seed, data, epochs).params,
+        fisher_batches(data, seed),
+        num_grads,
+        progress=False,
+    )
 
 
 @functools.cache
@@ -423,6 +470,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=4, help="of training the dense networks")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument(
+        "--recomputed-sparsities",
+        type=float,
+        nargs="+",
+        default=[0.8, 0.9, 0.95],
+        help="of methods with sixteen recomputations",
+    )
+    parser.add_argument(
+        "--repeated",
+        nargs="*",
+        default=["M-FAC joint, 16", "M-FAC joint, blocks 128, 16"],
+        help="methods with sixteen recomputations for all seeds, not the first alone",
+    )
     parser.add_argument("--num-grads", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--damping", type=float, default=1e-5)
     parser.add_argument("--gradual-sparsities", type=float, nargs="+", default=[0.95, 0.98])

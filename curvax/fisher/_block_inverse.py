@@ -239,7 +239,7 @@ def _primal(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _dual(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
-    return inverse_factor(_shifted(jax.lax.map(gram, rows), shift))
+    return inverse_factor(_shifted(jax.lax.map(partial(gram, in_chunks=True), rows), shift))
 
 
 @jax.jit
@@ -293,4 +293,5 @@ def _diagonal_primal(factor: jax.Array, num_rows: Any) -> jax.Array:
 
 @jax.jit
 def _diagonal_dual(factor: jax.Array, rows: jax.Array, damping: Any) -> jax.Array:
-    return jax.lax.map(lambda pair: guarded_diagonal(*pair, damping), (factor, rows))
+    diagonal = partial(guarded_diagonal, damping=damping, in_chunks=True)
+    return jax.lax.map(lambda pair: diagonal(*pair), (factor, rows))

@@ -11,6 +11,7 @@ $W$ is never kept: two passes over $G$ make a product, one makes the diagonal.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,10 @@ class Part(NamedTuple):
     leaf: int
     start: int | None
     rows: jax.Array
+
+    @property
+    def on_one_device(self) -> bool:
+        return len(self.rows.sharding.device_set) == 1
 
     def of(self, vector: jax.Array) -> jax.Array:
         """The entries of a leaf's vector that belong to these columns."""
@@ -63,7 +68,7 @@ class FullInverse:
         size = columns.num_rows
         total = jnp.zeros((size, size), columns.dtype)
         for part in self._parts():
-            total = total + gram(self._kept(part))
+            total = total + gram(self._kept(part), in_chunks=part.on_one_device)
         shift = size * damping * jnp.eye(size, dtype=columns.dtype)
         self._factor, self.failed = jax.jit(inverse_factor)(total + shift)
 
@@ -117,7 +122,9 @@ class FullInverse:
 
     def diagonal(self) -> list[jax.Array]:
         def piece(part: Part) -> jax.Array:
-            return guarded_diagonal(self._factor, part.rows, self._damping)
+            return guarded_diagonal(
+                self._factor, part.rows, self._damping, in_chunks=part.on_one_device
+            )
 
         return self._assemble((part.leaf, piece(part)) for part in self._parts())
 
@@ -128,14 +135,16 @@ class FullInverse:
         return ((i == j) - jnp.sum(first * second)) / self._damping
 
 
-@jax.jit
-def guarded_diagonal(factor: jax.Array, rows: jax.Array, damping: float) -> jax.Array:
+@partial(jax.jit, static_argnames="in_chunks")
+def guarded_diagonal(
+    factor: jax.Array, rows: jax.Array, damping: float, *, in_chunks: bool
+) -> jax.Array:
     r"""The diagonal of $F^{-1}$, between the bounds that hold for it whatever the rounding.
 
     $1 / F_{ii} \le [F^{-1}]_{ii} \le 1 / \lambda$: the difference that gives the entry loses
     digits where it is small, and could even be negative.
     """
-    projected, squares = squares_below(factor, rows)
+    projected, squares = squares_below(factor, rows, in_chunks=in_chunks)
     entry = (1 - projected) / damping
     return jnp.clip(entry, 1 / (damping + squares / len(rows)), 1 / damping)
 

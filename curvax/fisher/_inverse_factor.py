@@ -4,6 +4,8 @@ For a symmetric positive definite $A = C C^T$ everything that is asked of $A^{-1
 $C^{-1}$: $A^{-1} v = C^{-T} C^{-1} v$, and its diagonal is the sum of squares down each column.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,7 @@ from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._window import replicated
 
 _ROW_BLOCKS = 4
+_CHUNK_BYTES = 2**21  # measured: two thirds of the time of 2**23, and a third of no chunks
 
 
 def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -55,9 +58,33 @@ def row_blocks(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-@jax.jit
-def gram(rows: jax.Array) -> jax.Array:
-    """The Gram matrix of rows ``(m, *shape)``, each pair of row blocks once."""
+@partial(jax.jit, static_argnames="in_chunks")
+def gram(rows: jax.Array, *, in_chunks: bool) -> jax.Array:
+    """The Gram matrix of rows ``(m, *shape)``, each pair of row blocks once.
+
+    Args:
+      rows: $G$.
+      in_chunks: whether a few columns are taken at a time, which stay in a processor's cache. It
+        flattens the rows, so that they must lie on one device.
+
+    Returns:
+      $G G^T$, of shape (m, m).
+    """
+    if not in_chunks:
+        lower = _lower_products(rows)
+    else:
+        flat, width, number = _chunks(rows)
+        lower = _lower_products(flat[:, number * width :])
+
+        def add(index: jax.Array, total: jax.Array) -> jax.Array:
+            return total + _lower_products(_chunk(flat, index, width))
+
+        lower = jax.lax.fori_loop(0, number, add, lower)
+    return jnp.tril(lower) + jnp.tril(lower, -1).T
+
+
+def _lower_products(rows: jax.Array) -> jax.Array:
+    """The lower triangle of the Gram matrix, and zeros or products above it."""
     axes = tuple(range(1, rows.ndim))
     lower = jnp.zeros((len(rows), len(rows)), rows.dtype)
     for start, stop in row_blocks(len(rows)):
@@ -69,20 +96,38 @@ def gram(rows: jax.Array) -> jax.Array:
             out_sharding=replicated(rows),
         )
         lower = lower.at[start:stop, :stop].set(block)
-    return jnp.tril(lower) + jnp.tril(lower, -1).T
+    return lower
 
 
-@jax.jit
-def squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="in_chunks")
+def squares_below(
+    triangle: jax.Array, rows: jax.Array, *, in_chunks: bool
+) -> tuple[jax.Array, jax.Array]:
     r"""The sums of squares down each column of $C^{-1} G$, and of $G$.
 
     Args:
       triangle: $C^{-1}$, lower triangular, of shape (m, m).
       rows: $G$, of shape ``(m, *shape)``.
+      in_chunks: as in `gram`.
 
     Returns:
       Two arrays of ``shape``.
     """
+    if not in_chunks:
+        return _squares_below(triangle, rows)
+    flat, width, number = _chunks(rows)
+    pieces = jax.lax.map(
+        lambda index: _squares_below(triangle, _chunk(flat, index, width)), jnp.arange(number)
+    )
+    tail = _squares_below(triangle, flat[:, number * width :])
+    projected, squares = (
+        jnp.concatenate([piece.reshape(-1), end]).reshape(rows.shape[1:])
+        for piece, end in zip(pieces, tail, strict=True)
+    )
+    return projected, squares
+
+
+def _squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.zeros_like(rows[0])
     for start, stop in row_blocks(len(rows)):
         part = jax.lax.dot_general(
@@ -90,3 +135,15 @@ def squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.
         )
         total = total + jnp.sum(part**2, axis=0)
     return total, jnp.sum(rows**2, axis=0)
+
+
+def _chunks(rows: jax.Array) -> tuple[jax.Array, int, int]:
+    """The rows as a matrix, and the width and the number of its whole chunks of columns."""
+    flat = rows.reshape(len(rows), -1)
+    width = max(1, _CHUNK_BYTES // (len(rows) * rows.dtype.itemsize))
+    width = min(width, flat.shape[1])
+    return flat, width, flat.shape[1] // width
+
+
+def _chunk(flat: jax.Array, index: jax.Array, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(flat, index * width, width, axis=1)

@@ -8,6 +8,7 @@ makes these passes only where it has reached the square root of the rounding uni
 exact to full precision (Simon, 1984).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,35 +84,71 @@ def lanczos(
       algorithm with partial
       reorthogonalization](https://doi.org/10.1090/S0025-5718-1984-0725988-X), 1984.
     """
+    return lanczos_together(operator, [start], order, reorthogonalize=reorthogonalize)[0]
+
+
+def lanczos_together(
+    operator: Operator, starts: Sequence[PyTree], order: int, *, reorthogonalize: str = "full"
+) -> list[Lanczos]:
+    """Tridiagonalizations from several start vectors, whose products are taken together."""
     check_count("order", order)
     check_choice("reorthogonalize", reorthogonalize, REORTHOGONALIZE)
-    order = min(order, operator.size)
-    current, length = normalized(start)
-    if not length > 0:
-        raise ValueError(f"the start vector must have a finite positive length, got {length}.")
-    basis = None if reorthogonalize == "none" else Basis(operator.like, order)
-    loss = _OrthogonalityLoss(order, precision_of(operator.like))
-    previous, beta = current, 0.0
-    alphas: list[float] = []
-    betas: list[float] = []
-    for step in range(order):
-        if basis is not None:
-            basis.put(current, 1.0, step)
-        image = finite_product(operator, current)
-        alpha, rest, beta_next = _three_terms(image, current, previous, beta)
-        alphas.append(float(alpha))
-        scale = max(abs(a) + abs(b) for a, b in zip(alphas, [*betas, 0.0], strict=True))
-        if reorthogonalize == "full" or (
-            reorthogonalize == "selective" and loss.is_large(alphas, betas, float(beta_next))
-        ):
-            assert basis is not None
-            _, rest, beta_next = basis.orthogonalized(rest)
+    recurrences = [_Recurrence(operator, start, order, reorthogonalize) for start in starts]
+    while running := [recurrence for recurrence in recurrences if not recurrence.finished]:
+        images = finite_products(operator, [recurrence.current for recurrence in running])
+        for recurrence, image in zip(running, images, strict=True):
+            recurrence.advance(image)
+    return [recurrence.result() for recurrence in recurrences]
+
+
+class _Recurrence:
+    """One tridiagonalization under way: give it $A$ times ``current`` until it has finished."""
+
+    def __init__(self, operator: Operator, start: PyTree, order: int, reorthogonalize: str) -> None:
+        self.current, length = normalized(start)
+        if not length > 0:
+            raise ValueError(f"the start vector must have a finite positive length, got {length}.")
+        self._operator = operator
+        self._order = min(order, operator.size)
+        self._reorthogonalize = reorthogonalize
+        self._basis = None
+        if reorthogonalize != "none":
+            self._basis = Basis(operator.like, self._order)
+            self._basis.put(self.current, 1.0, 0)
+        self._loss = _OrthogonalityLoss(self._order, precision_of(operator.like))
+        self._previous = self.current
+        self._alphas: list[float] = []
+        self._betas: list[float] = []  # the one after the last alpha included
+        self.finished = False
+
+    def advance(self, image: PyTree) -> None:
+        beta = self._betas[-1] if self._betas else 0.0
+        alpha, rest, beta_next = _three_terms(image, self.current, self._previous, beta)
+        self._alphas.append(float(alpha))
+        pairs = zip(self._alphas, [*self._betas, 0.0], strict=True)
+        scale = max(abs(a) + abs(b) for a, b in pairs)
+        if self._is_due(float(beta_next)):
+            assert self._basis is not None
+            _, rest, beta_next = self._basis.orthogonalized(rest)
         beta = float(beta_next)
-        if beta <= breakdown(operator, scale):
-            return Lanczos(np.array(alphas), np.array(betas), 0.0, step + 1)
-        betas.append(beta)
-        previous, current = current, jax.tree.map(lambda leaf, b=beta: leaf / b, rest)
-    return Lanczos(np.array(alphas), np.array(betas[:-1]), betas[-1], order)
+        exhausted = beta <= breakdown(self._operator, scale)
+        self._betas.append(0.0 if exhausted else beta)
+        self.finished = exhausted or len(self._alphas) == self._order
+        if not self.finished:
+            self._previous = self.current
+            self.current = jax.tree.map(lambda leaf: leaf / beta, rest)
+            if self._basis is not None:
+                self._basis.put(self.current, 1.0, len(self._alphas))
+
+    def _is_due(self, beta: float) -> bool:
+        """Whether the next vector is to be made orthogonal to all before."""
+        if self._reorthogonalize == "selective":
+            return self._loss.is_large(self._alphas, self._betas, beta)
+        return self._reorthogonalize == "full"
+
+    def result(self) -> Lanczos:
+        alphas, betas = np.array(self._alphas), np.array(self._betas)
+        return Lanczos(alphas, betas[:-1], float(betas[-1]), len(alphas))
 
 
 class _OrthogonalityLoss:
@@ -162,13 +199,18 @@ def _three_terms(
 
 def finite_product(operator: Operator, vector: PyTree) -> PyTree:
     """The product, or an error where it is not finite."""
-    image = operator(vector)
-    if not np.isfinite(float(tree_norm(image))):
+    return finite_products(operator, [vector])[0]
+
+
+def finite_products(operator: Operator, vectors: Sequence[PyTree]) -> list[PyTree]:
+    """The products of several vectors, or an error where one is not finite."""
+    images = operator.products(vectors)
+    if not all(np.isfinite(float(tree_norm(image))) for image in images):
         raise ValueError(
             "a product with the operator is not finite: check the loss and the parameters, and "
             "whether the precision is wide enough."
         )
-    return image
+    return images
 
 
 def breakdown(operator: Operator, scale: float) -> float:

@@ -177,12 +177,13 @@ def _output_product(network: Callable[..., Any], loss: Any, kind: str) -> Produc
 
 
 def _compiled(product: Callable[..., list[jax.Array]]) -> Product:
-    """``total + weight * product``, compiled, for a selection of leaves."""
+    """``total + weight * product``, compiled, for a selection of leaves; of stacked vectors too."""
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def add(
         numbers: tuple[int, ...],
         treedef: Any,
+        stacked: bool,
         total: list[jax.Array],
         leaves: list[jax.Array],
         vector: list[jax.Array],
@@ -196,7 +197,11 @@ def _compiled(product: Callable[..., list[jax.Array]]) -> Product:
             return jax.tree.unflatten(treedef, merged)
 
         part = [leaves[number] for number in numbers]
-        images = product(merge, part, vector, *arguments)
+
+        def of_one(vector: list[jax.Array]) -> list[jax.Array]:
+            return product(merge, part, vector, *arguments)
+
+        images = (jax.vmap(of_one) if stacked else of_one)(vector)
         return [t + weight * image.astype(t.dtype) for t, image in zip(total, images, strict=True)]
 
     return add
@@ -216,21 +221,25 @@ def _over_batches(
     numbers, like = _selection(params, select)
     weight_of = batch_weight or _num_examples
 
-    def product(vector: PyTree) -> PyTree:
+    def mean_product(stacked: bool, vector: PyTree) -> PyTree:
         given = jax.tree.leaves(vector)
         zeros = [jnp.zeros_like(leaf) for leaf in given]
         total, weights = zeros, 0.0
         for batch in repeatable:
             arguments = batch if isinstance(batch, tuple) else (batch,)
             weight = float(weight_of(*arguments))
-            total = add(numbers, treedef, total, leaves, given, weight, arguments)
+            total = add(numbers, treedef, stacked, total, leaves, given, weight, arguments)
             weights += weight
         if not weights > 0:
             raise ValueError("batches are empty: an operator needs at least one example.")
         mean = [leaf / weights for leaf in total]
         return jax.tree.unflatten(jax.tree.structure(vector), mean)
 
-    operator = Operator(product, like)
+    operator = Operator(
+        functools.partial(mean_product, False),
+        like,
+        stacked_product=functools.partial(mean_product, True),
+    )
     first = next(iter(repeatable), None)
     if first is None:
         raise ValueError("batches are empty: an operator needs at least one batch.")

@@ -7,8 +7,8 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count
 from curvax.spectrum._basis import Basis
-from curvax.spectrum._lanczos import breakdown, finite_product
-from curvax.spectrum._operator import Operator, tree_dot
+from curvax.spectrum._lanczos import breakdown, finite_product, finite_products
+from curvax.spectrum._operator import Operator, in_groups, tree_dot
 
 METHODS = ("hutchinson", "hutch++")
 
@@ -31,7 +31,12 @@ class Trace(NamedTuple):
 
 
 def trace(
-    operator: Operator, *, key: jax.Array, num_probes: int = 32, method: str = "hutchinson"
+    operator: Operator,
+    *,
+    key: jax.Array,
+    num_probes: int = 32,
+    method: str = "hutchinson",
+    probes_together: int = 1,
 ) -> Trace:
     r"""The trace of an operator, with a standard error.
 
@@ -45,6 +50,9 @@ def trace(
       key: a PRNG key for the probes.
       num_probes: the number of probes; ``"hutch++"`` makes three products for each.
       method: ``"hutchinson"`` or ``"hutch++"``.
+      probes_together: the number of probes whose products are taken together, in one pass over the
+        data: faster on an accelerator and where data are streamed, for as many vectors of memory.
+        (The basis of ``"hutch++"`` is built one vector after the other all the same.)
 
     Returns:
       The estimate.
@@ -67,21 +75,29 @@ def trace(
       [Hutch++](https://arxiv.org/abs/2010.09649), 2021, Algorithm 1.
     """
     check_count("num_probes", num_probes)
+    check_count("probes_together", probes_together)
     check_choice("method", method, METHODS)
     if method == "hutchinson":
-        samples = np.array(
-            [_quadratic_form(operator, part) for part in jax.random.split(key, num_probes)]
-        )
+        samples = _quadratic_forms(operator, key, num_probes, probes_together)
         return Trace(float(samples.mean()), _standard_error(samples), samples, num_probes)
-    return _hutch_plus_plus(operator, key, min(num_probes, operator.size))
+    return _hutch_plus_plus(operator, key, min(num_probes, operator.size), probes_together)
 
 
-def _quadratic_form(operator: Operator, key: jax.Array) -> float:
-    probe = operator.random_vector(key, "rademacher")
-    return float(tree_dot(probe, finite_product(operator, probe)))
+def _quadratic_forms(
+    operator: Operator, key: jax.Array, number: int, together: int, basis: Basis | None = None
+) -> np.ndarray:
+    """$z^T A z$ for random signs $z$, without their part in the basis."""
+    samples = []
+    for keys in in_groups(jax.random.split(key, number), together):
+        probes = [operator.random_vector(part, "rademacher") for part in keys]
+        if basis is not None:
+            probes = [basis.orthogonalized(probe)[1] for probe in probes]
+        images = finite_products(operator, probes)
+        samples += [float(tree_dot(*pair)) for pair in zip(probes, images, strict=True)]
+    return np.array(samples)
 
 
-def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int) -> Trace:
+def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int, together: int) -> Trace:
     basis = Basis(operator.like, number)
     dominant, size, num_products = 0.0, 0, 0
     key_range, key_rest = jax.random.split(key)
@@ -100,12 +116,8 @@ def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int) -> Trace:
         size += 1
     if size == operator.size:
         return Trace(dominant, 0.0, np.zeros(0), num_products)
-    samples = []
-    for part in jax.random.split(key_rest, number):
-        _, probe, _ = basis.orthogonalized(operator.random_vector(part, "rademacher"))
-        samples.append(float(tree_dot(probe, finite_product(operator, probe))))
-        num_products += 1
-    left = np.array(samples)
+    left = _quadratic_forms(operator, key_rest, number, together, basis)
+    num_products += number
     return Trace(dominant + float(left.mean()), _standard_error(left), left, num_products)
 
 

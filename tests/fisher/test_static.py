@@ -131,6 +131,21 @@ def test_blocks_over_a_mesh_equal_those_of_one_device(block_size, shape):
     )
 
 
+@pytest.mark.parametrize("shape", [(1700,), (4, 425), (100,), (1, 512)])
+def test_columns_in_chunks_give_the_same_sums(shape):
+    from curvax.fisher._inverse_factor import gram, squares_below
+
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((512, *shape))  # 512 columns of 512 float64 make a chunk
+    triangle = np.tril(rng.standard_normal((512, 512)))
+    flat = rows.reshape(512, -1)
+    np.testing.assert_allclose(gram(rows, in_chunks=True), flat @ flat.T, atol=1e-10)
+    projected, squares = squares_below(triangle, rows, in_chunks=True)
+    assert projected.shape == squares.shape == shape
+    np.testing.assert_allclose(np.ravel(projected), np.sum((triangle @ flat) ** 2, axis=0))
+    np.testing.assert_allclose(np.ravel(squares), np.sum(flat**2, axis=0))
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_gradients_stay_where_they_are(kind):
     from curvax.fisher._inverse_factor import gram, squares_below
@@ -145,9 +160,9 @@ def test_sharded_gradients_stay_where_they_are(kind):
         inverse = curvax.inverse_fisher({"kernel": rows}, 1e-3)
         diagonal = inverse.diagonal()["kernel"]
         solved = inverse.solve({"kernel": jnp.ones((3, 16))})["kernel"]
-        assert not moved(collectives(gram.lower(rows).compile()))
+        assert not moved(collectives(gram.lower(rows, in_chunks=False).compile()))
         factor = jnp.eye(NUM_GRADS)
-        assert not collectives(squares_below.lower(factor, rows).compile())
+        assert not collectives(squares_below.lower(factor, rows, in_chunks=False).compile())
     assert diagonal.sharding.is_equivalent_to(rows[0].sharding, 2)
     G = np.asarray(rows).reshape(NUM_GRADS, -1)
     expected = np.linalg.inv(1e-3 * np.eye(48) + G.T @ G / NUM_GRADS)

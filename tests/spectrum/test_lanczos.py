@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from curvax import spectrum
+from curvax.spectrum._lanczos import lanczos_together
 
 from . import problems
 from .problems import loss_fn, ravel
@@ -226,6 +227,41 @@ class TestDensity:
         assert distance <= result.wasserstein_error
         assert result.wasserstein_error < np.ptp(exact) / 4
 
+    @pytest.mark.parametrize("reorthogonalize", ["full", "selective", "none"])
+    @pytest.mark.parametrize("together", [2, 3, 10])
+    def test_probes_taken_together_give_the_same(self, together, reorthogonalize):
+        operator, _ = hessian()
+        options = {"key": KEY, "num_probes": 5, "order": 7, "reorthogonalize": reorthogonalize}
+        one = spectrum.spectral_density(operator, **options)
+        several = spectrum.spectral_density(operator, probes_together=together, **options)
+        assert several.num_products == one.num_products == 35
+        for name in ("nodes", "weights"):
+            for a, b in zip(getattr(one, name), getattr(several, name), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-9)
+
+    def test_probes_together_go_on_after_one_has_ended(self):
+        entries = jnp.array([1.0, 1.0, 2.0, 5.0])
+        operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(4))
+        starts = [jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.ones(4)]
+        short, long = lanczos_together(operator, starts, 4)
+        np.testing.assert_allclose(short.eigh()[0], [1.0])
+        np.testing.assert_allclose(long.eigh()[0], [1.0, 2.0, 5.0])
+
+    def test_data_are_gone_through_once_for_probes_together(self):
+        one, passes = problems.problem(), []
+
+        class Stream:
+            def __iter__(self):
+                passes.append(1)
+                return iter(one.batches)
+
+        operator = spectrum.hessian_operator(
+            loss_fn, one.params, Stream(), check_deterministic=False
+        )
+        passes.clear()
+        spectrum.spectral_density(operator, key=KEY, order=4, num_probes=6, probes_together=3)
+        assert len(passes) == 8
+
     def test_it_integrates_to_one_and_smooths_the_nodes(self):
         operator, _ = hessian()
         result = spectrum.spectral_density(operator, key=KEY, order=20, num_probes=4)
@@ -249,7 +285,14 @@ class TestDensity:
         assert spectrum.wasserstein_distance(np.array([1.0]), one, np.array([3.5]), one) == 2.5
 
     @pytest.mark.parametrize(
-        "options", [{"order": 0}, {"num_probes": 0}, {"bandwidth": 0.0}, {"grid_size": 0}]
+        "options",
+        [
+            {"order": 0},
+            {"num_probes": 0},
+            {"bandwidth": 0.0},
+            {"grid_size": 0},
+            {"probes_together": 0},
+        ],
     )
     def test_bad_input(self, options):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
@@ -289,6 +332,15 @@ class TestTrace:
         result = spectrum.trace(diagonal([1.0, 2.0, 4.0]), key=KEY, method="hutch++")
         np.testing.assert_allclose(result.value, 7.0)
         assert result.standard_error == 0
+
+    @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+    def test_probes_taken_together_give_the_same(self, method):
+        operator, _ = hessian()
+        options = {"key": KEY, "num_probes": 7, "method": method}
+        one = spectrum.trace(operator, **options)
+        several = spectrum.trace(operator, probes_together=3, **options)
+        np.testing.assert_allclose(several.samples, one.samples, rtol=1e-9, atol=1e-12)
+        assert several.num_products == one.num_products
 
     def test_a_single_probe_has_no_standard_error(self):
         assert np.isnan(spectrum.trace(diagonal([1.0, 2.0]), key=KEY, num_probes=1).standard_error)
