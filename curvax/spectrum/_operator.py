@@ -1,5 +1,6 @@
 """Symmetric operators on trees: a product, what it takes, and its hand-over to other libraries."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,9 @@ class Operator:
 
     def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""
-        return random_probe(key, self.like, distribution)
+        leaves, treedef = jax.tree.flatten(self.like)
+        shardings = tuple(_named_sharding(leaf) for leaf in leaves)
+        return jax.tree.unflatten(treedef, _drawer(shardings)(key, leaves, distribution))
 
     def flat_product(self) -> Callable[[jax.Array], jax.Array]:
         """The product on flat vectors of JAX, as matfree's functions take it."""
@@ -146,7 +149,7 @@ def check_symmetric(
             )
 
 
-def in_groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def in_groups(items: jax.Array, size: int) -> Iterator[jax.Array]:
     """Consecutive groups of so many items, the last of what is left."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
@@ -162,6 +165,18 @@ def tree_dot(first: PyTree, second: PyTree) -> jax.Array:
 def tree_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm."""
     return jnp.sqrt(tree_dot(tree, tree))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawer(shardings: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
+    """`random_probe`, compiled, where a mesh's automatic axes would forget the shardings."""
+    return jax.jit(random_probe, static_argnums=2, out_shardings=list(shardings))
+
+
+def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
+    # Within a caller's graph, the compiler decides.
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 @jax.jit

@@ -55,6 +55,54 @@ def test_gauss_newton_and_empirical_fisher_are_their_dense_matrices():
         np.testing.assert_allclose(as_matrix(operator), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical_fisher"])
+@pytest.mark.parametrize("select", [None, lambda path, leaf: "kernel" in path])
+def test_what_is_computed_once_and_kept_changes_nothing(kind, select):
+    one = problems.problem()
+    make = {
+        "hessian": lambda **options: spectrum.hessian_operator(
+            loss_fn, one.params, one.batches, **options
+        ),
+        "ggn": lambda **options: spectrum.ggn_operator(
+            network, CROSS_ENTROPY, one.params, one.batches, **options
+        ),
+        "empirical_fisher": lambda **options: spectrum.empirical_fisher_operator(
+            network, CROSS_ENTROPY, one.params, one.batches, **options
+        ),
+    }[kind]
+    kept, anew = (make(select=select, linearize=linearize) for linearize in (True, False))
+    vectors = [anew.random_vector(jax.random.key(seed)) for seed in range(3)]
+    for vector, together in zip(vectors, kept.products(vectors), strict=True):
+        expected = ravel(anew(vector))
+        np.testing.assert_allclose(ravel(kept(vector)), expected, atol=1e-12)
+        np.testing.assert_allclose(ravel(together), expected, atol=1e-12)
+
+
+def test_a_single_batch_goes_through_the_network_once():
+    one, passes = problems.problem(), []
+
+    class Batch(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    for batches, expected in ((one.batches[:1], 0), (one.batches, 2)):
+        operator = spectrum.hessian_operator(loss_fn, one.params, Batch(batches))
+        passes.clear()
+        operator(one.params)
+        operator(one.params)
+        assert len(passes) == expected
+
+
+def test_a_kept_product_can_be_traced_and_used_outside_again():
+    one = problems.problem()
+    operator = spectrum.hessian_operator(
+        loss_fn, one.params, one.batches[:1], check_deterministic=False
+    )
+    traced = jax.jit(operator)(one.params)
+    np.testing.assert_allclose(ravel(operator(one.params)), ravel(traced), atol=1e-12)
+
+
 @pytest.mark.parametrize("layer", ["first", "second/kernel"])
 def test_a_selection_is_a_block_of_the_whole(layer):
     one = problems.problem()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvax import spectrum
-from curvax.spectrum import _basis, _lanczos, _operators
+from curvax.spectrum import _basis, _batches, _lanczos, _operators
 from tests.contract.collectives import collectives, largest_sum, moved
 
 KEY = jax.random.key(0)
@@ -32,7 +32,7 @@ def loss_fn(params, inputs):
     """A pair of layers, the first split along its outputs and the second along its inputs."""
     hidden = jnp.tanh(inputs @ params["first"])
     if jax.typeof(hidden).sharding.mesh.are_all_axes_explicit:
-        outputs = jnp.einsum("nh,ho->no", hidden, params["second"], out_sharding=jax.P())
+        outputs = jnp.matmul(hidden, params["second"], out_sharding=jax.P())
     else:
         outputs = hidden @ params["second"]
     return jnp.mean(jnp.log(jnp.cosh(outputs)))
@@ -70,13 +70,38 @@ def only_sums_of(compiled, size):
     return not moved(found) and largest_sum(found) <= size
 
 
-def test_a_product_sums_activations_and_gathers_nothing(mesh):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_product_sums_activations_and_gathers_nothing(mesh, stacked):
     params = sharded(mesh, make_params())
-    add = _operators._hessian_product(loss_fn)
+    add = _operators._hessian_product(loss_fn).add
     leaves, treedef = jax.tree.flatten(params)
-    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-    compiled = add.lower((0, 1), treedef, False, zeros, leaves, leaves, 1.0, (INPUTS,)).compile()
+    vector = [jnp.stack([leaf, leaf]) for leaf in leaves] if stacked else leaves
+    zeros = [jnp.zeros_like(leaf) for leaf in vector]
+    arguments = (stacked, (0, 1), treedef, leaves, (INPUTS,), zeros, 1.0, vector)
+    compiled = add.lower(*arguments).compile()
+    assert collectives(compiled)  # the parameters are spread indeed
+    assert only_sums_of(compiled, len(vector[0]) * NUM_EXAMPLES * WIDTH)
+
+
+def test_a_linearized_product_gathers_nothing(mesh):
+    params = sharded(mesh, make_params())
+    product = _operators._hessian_product(loss_fn)
+    leaves, treedef = jax.tree.flatten(params)
+    compiled = product.linearized.lower((0, 1), treedef, leaves, (INPUTS,), leaves).compile()
     assert only_sums_of(compiled, NUM_EXAMPLES * WIDTH)
+    linear = product.linearized((0, 1), treedef, leaves, (INPUTS,), leaves)
+    compiled = _batches._add_linear.lower(False, linear, leaves, 1.0, leaves).compile()
+    assert only_sums_of(compiled, NUM_EXAMPLES * WIDTH)
+
+
+def test_random_vectors_are_spread_like_the_parameters(mesh):
+    operator = spectrum.hessian_operator(loss_fn, sharded(mesh, make_params()), [INPUTS])
+    vector = operator.random_vector(KEY)
+    assert stays(mesh, vector)
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        alone = spectrum.Operator(lambda v: v, jax.device_get(make_params())).random_vector(KEY)
+    for name, leaf in vector.items():
+        np.testing.assert_array_equal(leaf, alone[name])
 
 
 @pytest.mark.parametrize("step", ["three terms", "orthogonalized", "put", "combined", "replaced"])
