@@ -9,7 +9,6 @@ process; ratios are of medians. Errors are of the diagonal and of a product, aga
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +82,6 @@ def ours(rows: jax.Array, block_size: int | None) -> jax.Array:
     return curvax.inverse_fisher(rows, DAMPING, block_size=block_size).diagonal()
 
 
-def repeat(function: Callable[[], Any]) -> timing.Loop:
-    def loop(steps: int) -> None:
-        for _ in range(steps):
-            jax.block_until_ready(function())
-
-    return loop
-
-
 def measure(rows: np.ndarray, block_size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     on_device, as_tensor = jnp.asarray(rows), torch.from_numpy(rows)
     contestants = {
@@ -103,7 +94,7 @@ def measure(rows: np.ndarray, block_size: int | None, args: argparse.Namespace) 
         name: float(np.abs(np.asarray(run()) - exact).max() / np.abs(exact).max())
         for name, run in contestants.items()
     }
-    loops = {name: repeat(run) for name, run in contestants.items()}
+    loops = {name: timing.repeated(run) for name, run in contestants.items()}
     times = timing.time_loops(loops, seconds=0.0, cycle=1, blocks=args.blocks)
     base = times["curvax"]["median_s"]
     return {

@@ -1,4 +1,4 @@
-"""Quality of pruning: ResNet-20 on Fashion-MNIST, one-shot and gradual, and the predicted loss.
+"""Pruning ResNet-20 on Fashion-MNIST: one-shot, gradual, predicted losses, time of gradients.
 
     python benchmarks/pruning.py
     python benchmarks/pruning.py --parts one-shot --seeds 1 --output build
@@ -11,139 +11,38 @@ Writes JSON, a table and a plot to benchmarks/results/ under the hardware's name
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import timing
 from finished_runs import FinishedRuns
-from matplotlib.figure import Figure
 from models_flax import ResNet20
+from pruning_report import plot, table
+from resnet_training import (
+    FOLDER,
+    HashableDataset,
+    Variables,
+    batches_of,
+    evaluate,
+    load,
+    mean_loss,
+    sgd_steps,
+    trained,
+)
 from tqdm import tqdm
 
 from curvax import pruning
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from datasets import Dataset, from_idx_files  # noqa: E402
-
 PyTree = Any
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-BATCH_SIZE = 16  # on a CPU an example costs a third less than in batches of 128
 FISHER_BATCH = 16  # examples in a gradient of the Fisher matrix
-FOLDER = ROOT / "build" / "pruning"
 
 
-class Variables(NamedTuple):
-    """Parameters, and the running statistics of batch normalization."""
-
-    params: PyTree
-    statistics: PyTree
-
-
-def mean_loss(params: PyTree, statistics: PyTree, images: Any, labels: Any) -> jax.Array:
-    """The loss in evaluation mode."""
-    variables = {"params": params, "batch_stats": statistics}
-    logits = ResNet20(train=False).apply(variables, images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@jax.jit
-def loss_and_accuracy(variables: Variables, images: Any, labels: Any) -> tuple[Any, Any]:
-    logits = ResNet20(train=False).apply(
-        {"params": variables.params, "batch_stats": variables.statistics}, images
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), (logits.argmax(axis=-1) == labels).mean()
-
-
-def evaluate(variables: Variables, images: Any, labels: Any, size: int = 1000) -> dict[str, float]:
-    parts = [slice(start, start + size) for start in range(0, len(images), size)]
-    numbers = [loss_and_accuracy(variables, images[part], labels[part]) for part in parts]
-    loss, accuracy = np.mean(numbers, axis=0).tolist()
-    return {"loss": loss, "accuracy": accuracy}
-
-
-# --- Training ---
-
-
-def sgd_steps(
-    variables: Variables,
-    data: Dataset,
-    epochs: float,
-    rate: float,
-    seed: int,
-    mask: PyTree | None = None,
-    description: str = "training",
-) -> Variables:
-    """SGD with momentum on a cosine; pruned weights stay at zero."""
-    steps = round(epochs * (len(data.train_images) // BATCH_SIZE))
-    inner = optax.chain(
-        optax.add_decayed_weights(1e-4),
-        optax.sgd(optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps), momentum=0.9),
-    )
-    everything = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables.params)
-    tx = pruning.keep_pruned(everything if mask is None else mask, inner)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables: Variables, state: PyTree, images: Any, labels: Any) -> Any:
-        def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
-            logits, updated = ResNet20().apply(
-                {"params": params, "batch_stats": variables.statistics},
-                images,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updated["batch_stats"]
-
-        grads, statistics = jax.grad(loss, has_aux=True)(variables.params)
-        updates, state = tx.update(grads, state, variables.params)
-        return Variables(optax.apply_updates(variables.params, updates), statistics), state
-
-    variables = jax.tree.map(np.array, variables)
-    state = tx.init(variables.params)
-    for chosen in tqdm(
-        batches_of(len(data.train_images), steps, seed), description, steps, leave=False
-    ):
-        images, labels = data.train_images[chosen], data.train_labels[chosen]
-        variables, state = step(variables, state, images, labels)
-    return variables
-
-
-def batches_of(number: int, steps: int, seed: int, size: int = BATCH_SIZE) -> Iterator[np.ndarray]:
-    """Indices of random batches, epoch after epoch."""
-    generator = np.random.default_rng(seed)
-    left = np.empty(0, int)
-    for _ in range(steps):
-        if len(left) < size:
-            left = generator.permutation(number)
-        chosen, left = left[:size], left[size:]
-        yield chosen
-
-
-def trained(seed: int, data: Dataset, epochs: float) -> Variables:
-    """The dense network of a seed, trained once."""
-    initial = ResNet20().init(jax.random.key(seed), data.train_images[:1])
-    variables = Variables(initial["params"], initial["batch_stats"])
-    leaves, treedef = jax.tree.flatten(variables)
-    path = FOLDER / f"resnet20_{epochs:g}_epochs_seed_{seed}.npz"
-    if not path.exists():
-        final = sgd_steps(variables, data, epochs, 0.02, seed, description=f"training, seed {seed}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, *jax.tree.leaves(final))
-    with np.load(path) as arrays:
-        return jax.tree.unflatten(treedef, [arrays[f"arr_{k}"] for k in range(len(leaves))])
-
-
-# --- Runs, each kept under what it depends on ---
-
-
-def fisher_batches(data: Dataset, seed: int, size: int = FISHER_BATCH) -> Iterator[Any]:
+def fisher_batches(data: HashableDataset, seed: int, size: int = FISHER_BATCH) -> Iterator[Any]:
     """Images and labels of random batches without end."""
     while True:
         seed += 1000
@@ -224,7 +123,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return grid
 
 
-def one_shot(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
+def one_shot(
+    args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns
+) -> dict[str, Any]:
     """Test accuracy and loss of each method, sparsity and seed."""
     results: dict[str, Any] = {}
     with tqdm(cells(args), unit="run") as progress:
@@ -240,7 +141,9 @@ def one_shot(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> di
     return results
 
 
-def prune_and_evaluate(cell: Cell, args: argparse.Namespace, data: Dataset) -> dict[str, float]:
+def prune_and_evaluate(
+    cell: Cell, args: argparse.Namespace, data: HashableDataset
+) -> dict[str, float]:
     variables = trained(cell.seed, data, args.epochs)
     options = {"damping": args.damping, **METHODS[cell.name]}
     if options.get("recomputations", 1) == 1:  # one set of gradients serves all of these
@@ -264,7 +167,7 @@ def prune_and_evaluate(cell: Cell, args: argparse.Namespace, data: Dataset) -> d
 
 
 @functools.lru_cache(maxsize=1)
-def dense_gradients(seed: int, num_grads: int, epochs: float, data: Dataset) -> PyTree:
+def dense_gradients(seed: int, num_grads: int, epochs: float, data: HashableDataset) -> PyTree:
     return pruning.collect_gradients(
         loss_with(frozen_statistics(seed, data, epochs)),
         trained(seed, data, epochs).params,
@@ -275,11 +178,11 @@ def dense_gradients(seed: int, num_grads: int, epochs: float, data: Dataset) -> 
 
 
 @functools.cache
-def frozen_statistics(seed: int, data: "Dataset", epochs: float) -> Frozen:
+def frozen_statistics(seed: int, data: HashableDataset, epochs: float) -> Frozen:
     return Frozen(trained(seed, data, epochs).statistics)
 
 
-def gradual(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
+def gradual(args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns) -> dict[str, Any]:
     """Gradual pruning with fine-tuning between, of equal budgets."""
     results: dict[str, Any] = {}
     for final in args.gradual_sparsities:
@@ -333,7 +236,9 @@ def gradual(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dic
     return results
 
 
-def prediction(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> dict[str, Any]:
+def prediction(
+    args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns
+) -> dict[str, Any]:
     """Predicted and measured changes of the loss where single leaves are pruned a little."""
 
     def run() -> Any:
@@ -372,98 +277,41 @@ def prediction(args: argparse.Namespace, data: Dataset, cache: FinishedRuns) -> 
     return {"points": points, **summary}
 
 
-# --- Output ---
+def gradients(
+    args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns
+) -> dict[str, Any]:
+    """Seconds for the gradient of a batch, and for those of its examples in two ways."""
+    del args, cache
+    initial = ResNet20().init(jax.random.key(0), data.train_images[:1])
+    variables = Variables(initial["params"], initial["batch_stats"])
+    mean = jax.jit(jax.grad(mean_loss))
+
+    def of_one(image: Any, label: Any) -> PyTree:
+        return jax.grad(mean_loss)(*variables, image[np.newaxis], label[np.newaxis])
+
+    one, several = jax.jit(of_one), jax.jit(jax.vmap(of_one))
+    results = {}
+    for size in (8, 16, 32):
+        images, labels = data.train_images[:size], data.train_labels[:size]
+        calls = {
+            "mean": lambda images=images, labels=labels: mean(*variables, images, labels),
+            "examples together": lambda images=images, labels=labels: several(images, labels),
+            "one by one": lambda images=images, labels=labels: [
+                one(*pair) for pair in zip(images, labels, strict=True)
+            ],
+        }
+        loops = {name: timing.repeated(call) for name, call in calls.items()}
+        times = timing.time_loops(loops, seconds=1.0, cycle=1, blocks=5)
+        results[str(size)] = {name: times[name]["median_s"] for name in calls}
+    return results
 
 
-def table(results: dict[str, Any]) -> str:
-    parts = results["parts"]
-    lines = [f"Measured on {results['name']} by `python benchmarks/pruning.py`.", ""]
-    if dense := results.get("dense"):
-        mean = np.mean([run["accuracy"] for run in dense])
-        lines += [
-            f"ResNet-20 on Fashion-MNIST, {results['settings']['epochs']:g} epochs; the dense "
-            f"networks have a test accuracy of {mean:.2%} ({len(dense)} seeds).",
-            "",
-        ]
-    if rows := parts.get("one-shot"):
-        sparsities = sorted({s for row in rows.values() for s in row}, key=float)
-        lines += [
-            "Test accuracy in % after one-shot pruning, mean ± deviation over seeds; the number "
-            "behind a method is that of recomputations.",
-            "",
-            "| method | " + " | ".join(f"{float(s):.0%}" for s in sparsities) + " |",
-            "| --- |" + " ---: |" * len(sparsities),
-        ]
-        for name, row in rows.items():
-            cells = [_cell(row.get(s)) for s in sparsities]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if rows := parts.get("gradual"):
-        finals = sorted({s for row in rows.values() for s in row}, key=float)
-        settings = results["settings"]
-        lines += [
-            "",
-            f"Test accuracy after gradual pruning from 50 % in {settings['gradual_steps']} steps "
-            f"with {settings['fine_tuning_epochs']:g} epochs of fine-tuning after each, one seed.",
-            "",
-            "| method | " + " | ".join(f"{float(s):.0%}" for s in finals) + " |",
-            "| --- |" + " ---: |" * len(finals),
-        ]
-        for name, row in rows.items():
-            cells = [f"{row[s]['accuracy']:.2%}" if s in row else "" for s in finals]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if rows := parts.get("prediction"):
-        lines += [
-            "",
-            "Predicted against measured change of the training loss, 10 % of one leaf pruned at a "
-            "time, 2000 gradients of examples:",
-            "",
-            "| method | correlation | measured over predicted (least squares) |",
-            "| --- | ---: | ---: |",
-        ]
-        lines += [
-            f"| {name} | {rows[name]['correlation']:.3f} | {rows[name]['slope']:.2f} |"
-            for name in ("magnitude", "obs")
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(runs: list[dict[str, float]] | None) -> str:
-    if not runs:
-        return ""
-    values = 100 * np.array([run["accuracy"] for run in runs])
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}"
-
-
-def plot(rows: dict[str, Any], path: Path) -> None:
-    """Accuracy over sparsity of a few methods."""
-    shown = {
-        "magnitude": "#d55e00",
-        "diagonal Fisher, 16": "#e69f00",
-        "saliency alone, 1": "#999999",
-        "M-FAC independent, 16": "#56b4e9",
-        "M-FAC joint, 1": "#009e73",
-        "M-FAC joint, 16": "#0072b2",
-        "M-FAC joint, blocks 128, 16": "#cc79a7",
-    }
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, row in rows.items():
-        label = name.split(";")[0]
-        if label in shown and row is not None and name.endswith(next(iter(rows)).split(";")[1]):
-            means = [np.mean([run["accuracy"] for run in runs]) for runs in row.values()]
-            places = [100 * float(s) for s in row]
-            axes.plot(places, means, "o-", color=shown[label], label=label)
-    axes.set_xlabel("sparsity, %")
-    axes.set_ylabel("test accuracy")
-    axes.set_title("ResNet-20 on Fashion-MNIST, one-shot", loc="left", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
-PARTS = {"one-shot": one_shot, "gradual": gradual, "prediction": prediction}
+PARTS = {
+    "one-shot": one_shot,
+    "prediction": prediction,
+    "gradual": gradual,
+    "gradients": gradients,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -497,17 +345,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class HashableDataset(Dataset):
-    """Hashed by identity, so that functions of it can be cached."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
 def main() -> None:
     args = parse_args()
-    everything = from_idx_files(args.data_dir)
-    data = HashableDataset(*everything[:2], *(part[: args.test_images] for part in everything[2:]))
+    data = load(args.data_dir, args.test_images)
     cache = FinishedRuns(FOLDER / "runs.jsonl")
     dense = [
         cache.get(

@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
-from matplotlib.figure import Figure
 from spectrum_contestants import CONTESTANTS, TOP, Problem, logits, loss_fn
+from spectrum_report import plot_edge, plot_full, table
 from tqdm import tqdm
 
 from curvax import spectrum
@@ -54,12 +53,12 @@ def initial_params(seed: int, widths: tuple[int, ...] = WIDTHS) -> Any:
     ]
 
 
-def trained(args: argparse.Namespace, data: Dataset) -> Any:
-    """The network after some epochs of SGD with momentum, trained once."""
-    path = FOLDER / f"mlp_{args.epochs}_epochs.npz"
+def trained(epochs: int, data: Dataset) -> Any:
+    """The network after so many epochs of SGD with momentum, trained once."""
+    path = FOLDER / f"mlp_{epochs}_epochs.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, *jax.tree.leaves(_train(args.epochs, data)))
+        np.savez(path, *jax.tree.leaves(_train(epochs, data)))
     with np.load(path) as arrays:
         leaves = [arrays[f"arr_{k}"] for k in range(len(arrays.files))]
     return list(zip(leaves[::2], leaves[1::2], strict=True))
@@ -96,11 +95,13 @@ def flat_images(images: np.ndarray) -> np.ndarray:
 def peers(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     """Times, memory and values of each task and library, in turn, each in a process of its own."""
     problem = peer_problem(args, data)
+    leaves = jax.tree.leaves(problem.weights)
+    np.savez(FOLDER / "problem.npz", problem.images, problem.labels, *leaves)
     tasks = {name: list(make(problem)) for name, make in CONTESTANTS.items()}
     cells = [(task, name) for task in tasks["curvax"] for name in tasks if task in tasks[name]]
     runs: dict[tuple[str, str], list[Any]] = {cell: [] for cell in cells}
     for task, name in tqdm(cells * args.rounds, unit="process"):
-        command = [sys.executable, __file__, "--measure", name, task, *_inherited(args)]
+        command = [sys.executable, __file__, "--measure", name, task]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs[task, name].append(json.loads(done.stdout.splitlines()[-1]))
     exact = exact_eigenvalues(problem)
@@ -120,20 +121,16 @@ def peers(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
 
 def peer_problem(args: argparse.Namespace, data: Dataset) -> Problem:
     images = flat_images(data.train_images[: args.peer_images])
-    return Problem(trained(args, data), images, data.train_labels[: args.peer_images])
+    return Problem(trained(args.epochs[0], data), images, data.train_labels[: args.peer_images])
 
 
-def _inherited(args: argparse.Namespace) -> list[str]:
-    options = ("epochs", "peer_images", "data_dir")
-    return [
-        part for name in options for part in (f"--{name.replace('_', '-')}", str(vars(args)[name]))
-    ]
-
-
-def measure(args: argparse.Namespace, data: Dataset) -> None:
+def measure(name: str, task: str) -> None:
     """One library's task: its first run, its second, and the memory beyond what was there."""
-    name, task = args.measure
-    run = CONTESTANTS[name](peer_problem(args, data))[task]
+    with np.load(FOLDER / "problem.npz") as arrays:
+        images, labels, *leaves = (arrays[f"arr_{k}"] for k in range(len(arrays.files)))
+    weights = list(zip(leaves[::2], leaves[1::2], strict=True))
+    run = CONTESTANTS[name](Problem(weights, images, labels))[task]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
     before = _peak_megabytes()
     start = time.perf_counter()
     run()
@@ -150,7 +147,8 @@ def measure(args: argparse.Namespace, data: Dataset) -> None:
 
 
 def _peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def exact_eigenvalues(problem: Problem) -> list[float]:
@@ -165,48 +163,26 @@ def exact_eigenvalues(problem: Problem) -> list[float]:
     return sorted(values.tolist(), reverse=True)
 
 
-def peers_table(rows: dict[str, Any], images: int) -> list[str]:
-    lines = [
-        f"Hessian of a network of {rows['parameters']:,} parameters on {images:,} images, float32. "
-        "Seconds of a second run in the same process, over curvax's, of the first with what it "
-        "compiles, and the memory of both beyond libraries and data.",
-        "",
-        "| task | library | seconds | over curvax | first run | memory, MB | result |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    titles = {
-        "eigenvalues": f"{TOP} largest eigenvalues",
-        "trace": "trace, 30 probes",
-        "lanczos": "50 Lanczos steps",
-    }
-    for task, title in titles.items():
-        for name, row in rows[task].items():
-            ratio = row["seconds"] / rows[task]["curvax"]["seconds"]
-            lines.append(
-                f"| {title} | {name} | {row['seconds']:.2f} | {ratio:.2f} | "
-                f"{row['first_seconds']:.2f} | {row['megabytes']:.0f} | {_result(row)} |"
-            )
-    return lines
-
-
-def _result(row: dict[str, Any]) -> str:
-    if "values" in row:
-        products = f", {row['products']} products" if "products" in row else ""
-        return f"largest {row['values'][0]:.4f}, error {row['error']:.0e}{products}"
-    error = f" ± {row['standard_error']:.2f}" if "standard_error" in row else ""
-    return f"{row['value']:.2f}{error}"
-
-
 # --- The spectrum of all data ---
 
 
 def full(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     """Largest eigenvalues and density of the Hessian over many images, streamed in batches."""
-    params = jax.tree.map(jnp.asarray, trained(args, data))
-    images = flat_images(data.train_images[: args.full_images])
-    labels = data.train_labels[: args.full_images]
-    starts = range(0, len(images), 2000)
-    batches = [(images[k : k + 2000], labels[k : k + 2000]) for k in starts]
+    results, spectra = {}, {}
+    for epochs in args.epochs:
+        row, density, pairs = _full(epochs, args.full_images, data)
+        results[str(epochs)], spectra[epochs] = row, (density, pairs)
+    plot_full(spectra, args.output)
+    return results
+
+
+def _full(
+    epochs: int, num_images: int, data: Dataset
+) -> tuple[dict[str, Any], spectrum.SpectralDensity, Any]:
+    params = jax.tree.map(jnp.asarray, trained(epochs, data))
+    images, labels = flat_images(data.train_images[:num_images]), data.train_labels
+    starts = range(0, num_images, 2000)
+    batches = [(images[k : k + 2000], labels[k : min(k + 2000, num_images)]) for k in starts]
     hessian = spectrum.hessian_operator(loss_fn, params, batches)
     start = time.perf_counter()
     pairs = spectrum.top_eigenpairs(hessian, 2 * NUM_CLASSES, key=jax.random.key(1), tolerance=1e-2)
@@ -215,11 +191,10 @@ def full(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
         hessian, key=jax.random.key(2), order=80, num_probes=4, progress=True
     )
     end = time.perf_counter()
-    plot_full(density, pairs, args.output)
     ratios = pairs.values[:-1] / pairs.values[1:]
-    return {
+    row = {
         "parameters": hessian.size,
-        "images": len(images),
+        "images": num_images,
         "eigenvalues": pairs.values.tolist(),
         "residuals": np.asarray(pairs.residuals).tolist(),
         "eigenvalue_seconds": middle - start,
@@ -228,46 +203,16 @@ def full(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
         "density_products": density.num_products,
         "wasserstein_error": density.wasserstein_error,
         "share_near_zero": _share_near_zero(density, pairs.values[0]),
-        "most_negative_node": float(min(map(np.min, density.nodes))),
-        "largest_gap_after": int(np.argmax(ratios[3:]) + 4),
-        "gap_after_classes_less_one": float(ratios[NUM_CLASSES - 2]),
+        "lowest_node": float(min(map(np.min, density.nodes))),
+        "ninth_over_tenth": float(ratios[NUM_CLASSES - 2]),
+        "widest_of_the_next": float(ratios[NUM_CLASSES - 1 :].max()),
     }
+    return row, density, pairs
 
 
 def _share_near_zero(density: spectrum.SpectralDensity, largest: float) -> float:
     nodes, weights = np.concatenate(density.nodes), np.concatenate(density.weights)
     return float(weights[np.abs(nodes) < 0.01 * largest].sum() / weights.sum())
-
-
-def plot_full(density: spectrum.SpectralDensity, pairs: Any, output: Path) -> None:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    spectrum.plot_density(density, outliers=pairs.values[: NUM_CLASSES - 1], ax=left)
-    left.set_title("density, and the nine largest eigenvalues", loc="left", fontsize="medium")
-    right.plot(np.arange(1, len(pairs.values) + 1), pairs.values, "o", color="#0072b2")
-    right.axvline(NUM_CLASSES - 0.5, color="0.5", linestyle=":")
-    right.set(xlabel="number", yscale="log")
-    right.set_title("largest eigenvalues; classes less one dotted", loc="left", fontsize="medium")
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "spectrum_full.png", dpi=150)
-
-
-def full_table(row: dict[str, Any]) -> list[str]:
-    values = ", ".join(f"{value:.3g}" for value in row["eigenvalues"])
-    return [
-        f"Hessian of the same network over {row['images']:,} images, streamed in batches of 2,000: "
-        f"the {len(row['eigenvalues'])} largest eigenvalues to 1 % in "
-        f"{row['eigenvalue_seconds']:.0f} s ({row['eigenvalue_products']} products), the density "
-        f"from 4 probes of order 80 in {row['density_seconds']:.0f} s ({row['density_products']} "
-        f"products; Wasserstein error below {row['wasserstein_error']:.2g}).",
-        "",
-        f"Eigenvalues: {values}.",
-        "",
-        f"{row['share_near_zero']:.2%} of the density lie within 1 % of the largest eigenvalue "
-        f"around zero; the lowest node is {row['most_negative_node']:.3g}. The ninth eigenvalue is "
-        f"{row['gap_after_classes_less_one']:.2f} times the tenth; from the fourth on, the widest "
-        f"gap follows eigenvalue {row['largest_gap_after']}.",
-    ]
 
 
 # --- The edge of stability ---
@@ -276,7 +221,8 @@ def full_table(row: dict[str, Any]) -> list[str]:
 def edge(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     """Full-batch gradient descent at several rates, with its sharpness on the way."""
     count = args.edge_images
-    images = jnp.asarray(flat_images(data.train_images[:count]))
+    images = flat_images(data.train_images[:count])
+    images = jnp.asarray(images - images.mean(axis=0))
     targets = jax.nn.one_hot(data.train_labels[:count], NUM_CLASSES)
     params = jax.tree.map(jnp.asarray, initial_params(1, (784, 32, 32, NUM_CLASSES)))
 
@@ -300,69 +246,18 @@ def edge(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
             current, state, value, sharpness = step(current, state)
             trajectory.append((float(value), float(sharpness)))
         losses, sharpness = np.array(trajectory).T
-        late = sharpness[len(sharpness) // 2 :] * rate / 2
+        late = sharpness[-len(sharpness) // 4 :] * rate / 2
         results[str(rate)] = {
             "losses": losses[::5].tolist(),
             "sharpness": sharpness[::5].tolist(),
             "first_sharpness": float(sharpness[0]),
+            "lowest_sharpness": float(sharpness.min()),
             "late_median_over_edge": float(np.median(late)),
             "late_range_over_edge": [float(late.min()), float(late.max())],
             "last_loss": float(losses[-1]),
         }
     plot_edge(results, args)
     return results
-
-
-def plot_edge(results: dict[str, Any], args: argparse.Namespace) -> None:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-    for (rate, row), color in zip(results.items(), colors, strict=False):
-        steps = 5 * np.arange(len(row["losses"]))
-        left.semilogy(steps, row["losses"], color=color, label=f"rate {rate}")
-        right.plot(steps, row["sharpness"], color=color)
-        right.axhline(2 / float(rate), color=color, linestyle="--", linewidth=1)
-    left.set(xlabel="step")
-    left.set_title("training loss", loc="left", fontsize="medium")
-    left.legend(frameon=False)
-    right.set(xlabel="step")
-    right.set_title("sharpness; 2 / rate dashed", loc="left", fontsize="medium")
-    args.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output / "spectrum_edge_of_stability.png", dpi=150)
-
-
-def edge_table(rows: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    lines = [
-        f"Gradient descent on the squared error of {args.edge_images:,} images, a network of two "
-        f"hidden layers of 32, {args.edge_steps:,} steps. Sharpness over 2 / rate, in the second "
-        "half of the run:",
-        "",
-        "| rate | 2 / rate | sharpness at the start | median over 2 / rate | range | last loss |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for rate, row in rows.items():
-        low, high = row["late_range_over_edge"]
-        lines.append(
-            f"| {rate} | {2 / float(rate):.0f} | {row['first_sharpness']:.1f} | "
-            f"{row['late_median_over_edge']:.3f} | {low:.3f} to {high:.3f} | "
-            f"{row['last_loss']:.4f} |"
-        )
-    return lines
-
-
-# --- Output ---
-
-
-def table(results: dict[str, Any], args: argparse.Namespace) -> str:
-    parts = results["parts"]
-    lines = [f"Measured on {results['name']} by `python benchmarks/spectrum.py`."]
-    if "peers" in parts:
-        lines += ["", *peers_table(parts["peers"], args.peer_images)]
-    if "full" in parts:
-        lines += ["", *full_table(parts["full"])]
-    if "edge" in parts:
-        lines += ["", *edge_table(parts["edge"], args)]
-    return "\n".join(lines) + "\n"
 
 
 def _num_parameters(weights: Any) -> int:
@@ -375,12 +270,18 @@ PARTS = {"peers": peers, "full": full, "edge": edge}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--epochs", type=int, default=10, help="of training the network")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        nargs="+",
+        default=[1, 10],
+        help="of training, of two networks; the first is for the peers",
+    )
     parser.add_argument("--peer-images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
     parser.add_argument("--full-images", type=int, default=10_000)
     parser.add_argument("--edge-images", type=int, default=1000)
-    parser.add_argument("--edge-steps", type=int, default=3000)
+    parser.add_argument("--edge-steps", type=int, default=4000)
     parser.add_argument("--edge-rates", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--data-dir", type=Path, default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -390,10 +291,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    data = from_idx_files(args.data_dir)
     if args.measure:
-        measure(args, data)
+        measure(*args.measure)
         return
+    data = from_idx_files(args.data_dir)
     parts = {name: PARTS[name](args, data) for name in args.parts}
     skipped = ("data_dir", "output", "measure")
     results = {

@@ -56,6 +56,16 @@ def time_loops(
     return {name: _summary(samples[name], steps[name]) for name in loops}
 
 
+def repeated(function: Callable[[], Any]) -> Loop:
+    """A call, as a loop to time."""
+
+    def loop(steps: int) -> None:
+        for _ in range(steps):
+            jax.block_until_ready(function())
+
+    return loop
+
+
 class Streaming:
     """A step with donated state that goes through a pool of inputs, as a loop to time."""
 

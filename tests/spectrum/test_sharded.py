@@ -32,7 +32,9 @@ def loss_fn(params, inputs):
     """A pair of layers, the first split along its outputs and the second along its inputs."""
     hidden = jnp.tanh(inputs @ params["first"])
     if jax.typeof(hidden).sharding.mesh.are_all_axes_explicit:
-        outputs = jnp.matmul(hidden, params["second"], out_sharding=jax.P())
+        outputs = jax.lax.dot_general(
+            hidden, params["second"], (((1,), (0,)), ((), ())), out_sharding=jax.P(None, None)
+        )
     else:
         outputs = hidden @ params["second"]
     return jnp.mean(jnp.log(jnp.cosh(outputs)))
