@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test bench bench-mfac docs notebooks format check clean
+.PHONY: demo demo-prune test bench bench-mfac bench-pruning bench-spectrum docs notebooks format check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -25,6 +25,13 @@ bench: $(VENV)/.benchmarks
 
 bench-mfac: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/mfac_step.py $(ARGS)
+
+bench-pruning: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/inverse_fisher.py
+	$(BIN)/python benchmarks/pruning.py $(ARGS)
+
+bench-spectrum: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/spectrum.py $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ def over_batches(
             for weight, arguments in weighted()
         ]
 
-    def mean_product(stacked: bool, vector: PyTree) -> PyTree:
+    def mean_product(vector: PyTree, stacked: bool = False) -> PyTree:
         given = jax.tree.leaves(vector)
         add: Callable[..., list[jax.Array]]
         parts: Iterable[tuple[float, Any]]
@@ -136,16 +136,21 @@ def over_batches(
         mean = [leaf / weights for leaf in total]
         return jax.tree.unflatten(jax.tree.structure(vector), mean)
 
-    operator = Operator(
-        functools.partial(mean_product, False),
-        like,
-        stacked_product=functools.partial(mean_product, True),
-    )
+    def mean_products(vectors: Sequence[PyTree]) -> list[PyTree]:
+        images = mean_product(_stacked(*vectors), stacked=True)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], images) for i in range(len(vectors))]
+
+    operator = Operator(mean_product, like, products=mean_products)
     if next(iter(repeatable), None) is None:
         raise ValueError("batches are empty: an operator needs at least one batch.")
     if check_deterministic:
         _check_deterministic(operator)
     return operator
+
+
+@jax.jit
+def _stacked(*trees: PyTree) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _selection(params: PyTree, select: Select | None) -> tuple[tuple[int, ...], PyTree]:

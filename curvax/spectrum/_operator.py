@@ -23,8 +23,8 @@ class Operator:
     Args:
       product: ``vector -> A vector``, on trees like ``like``.
       like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
-      stacked_product: the products of several vectors at once, stacked along a new first axis of
-        each leaf; by default they are taken one after the other.
+      products: ``vectors -> [A vector for each]``, for several at once; by default they are taken
+        one after the other.
 
     Attributes:
       like: that tree, in float32 or wider.
@@ -47,7 +47,7 @@ class Operator:
         product: Callable[[PyTree], PyTree],
         like: PyTree,
         *,
-        stacked_product: Callable[[PyTree], PyTree] | None = None,
+        products: Callable[[Sequence[PyTree]], list[PyTree]] | None = None,
     ) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -60,7 +60,7 @@ class Operator:
         if not self.size:
             raise ValueError("an operator needs vectors with at least one entry.")
         self._product = product
-        self._stacked_product = stacked_product
+        self._products = products
 
     def __call__(self, vector: PyTree) -> PyTree:
         """$A v$, in float32 or wider."""
@@ -69,11 +69,12 @@ class Operator:
 
     def products(self, vectors: Sequence[PyTree]) -> list[PyTree]:
         """$A v$ for several vectors, together where the operator can."""
-        if len(vectors) == 1 or self._stacked_product is None:
+        if len(vectors) == 1 or self._products is None:
             return [self(vector) for vector in vectors]
-        images = self._stacked_product(_stacked(*vectors))
-        wide = jax.tree.map(lambda a, b: a.astype(b.dtype), images, self.like)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], wide) for i in range(len(vectors))]
+        for vector in vectors:
+            check_like("a vector", vector, self.like)
+        images = self._products(vectors)
+        return [jax.tree.map(lambda a, b: a.astype(b.dtype), one, self.like) for one in images]
 
     def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""
@@ -177,11 +178,6 @@ def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
     # Within a caller's graph, the compiler decides.
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-@jax.jit
-def _stacked(*trees: PyTree) -> PyTree:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

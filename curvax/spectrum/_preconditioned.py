@@ -4,7 +4,7 @@ The eigenvalues are those of $P^{-1} A$, so a step of length $\eta$ along the op
 stable on a quadratic up to $\eta = 2 / \lambda_{\max}$.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,11 @@ def preconditioned(
         def apply(vector: PyTree) -> PyTree:
             return jax.tree.map(jnp.multiply, factors, vector)
 
-    return Operator(lambda vector: apply(operator(apply(vector))), operator.like)
+    def products(vectors: Sequence[PyTree]) -> list[PyTree]:
+        images = operator.products([apply(vector) for vector in vectors])
+        return [apply(image) for image in images]
+
+    return Operator(lambda vector: products([vector])[0], operator.like, products=products)
 
 
 def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float = 1e-8) -> PyTree:

@@ -213,6 +213,9 @@ class TestPreconditioned:
         np.testing.assert_allclose(
             as_matrix(scaled), expected[:, np.newaxis] * hessian * expected, rtol=1e-9, atol=1e-10
         )
+        vectors = [scaled.random_vector(jax.random.key(seed)) for seed in range(2)]
+        for image, vector in zip(scaled.products(vectors), vectors, strict=True):
+            np.testing.assert_allclose(ravel(image), ravel(scaled(vector)), atol=1e-12)
 
     def test_adahessian_and_a_part_of_the_tree(self):
         operator, state, _ = self.run(curvax.adahessian(0.01))
