@@ -50,7 +50,7 @@ def plot_full(spectra: dict[int, Any], output: Path) -> None:
     for epochs, row in zip(spectra, figure.subplots(len(spectra), 2, squeeze=False), strict=True):
         density, pairs = spectra[epochs]
         spectrum.plot_density(density, outliers=pairs.values[:NUM_OUTLIERS], ax=row[0])
-        title = f"{epochs} epochs: density, nine largest eigenvalues"
+        title = f"epochs: {epochs}; density, nine largest eigenvalues"
         row[0].set_title(title, loc="left", fontsize="medium")
         row[1].plot(np.arange(1, len(pairs.values) + 1), pairs.values, "o", color="#0072b2")
         row[1].axvline(NUM_OUTLIERS + 0.5, color="0.5", linestyle=":")

@@ -61,8 +61,9 @@ def top_eigenpairs(
       key: a PRNG key for random directions.
       which: ``"largest"`` values, ``"smallest"``, ``"both"`` ends (half of the pairs each, the
         larger half largest), or largest ``"magnitude"``.
-      tolerance: of the residuals, relative to the largest absolute value seen. An eigenvalue's
-        error is at most its residual, and close to the residual's square over the gap to the next.
+      tolerance: of each residual, relative to the absolute value of its eigenvalue, but not below
+        what rounding leaves of the largest. An eigenvalue's error is at most its residual, and
+        close to the residual's square over the gap to the next.
       max_products: where to stop if residuals stay larger; ``converged`` says which.
       basis_size: vectors in the basis; by default ``2 k + 20``.
       start: a tree like the operator's vectors, or earlier ``vectors`` with a further first axis,
@@ -99,7 +100,7 @@ def top_eigenpairs(
         values, weights, residuals = search.ritz()
         chosen = _ends(values, k, which)
         scale = float(np.abs(values).max())
-        limit = max(tolerance * scale, breakdown(operator, scale))
+        limit = np.maximum(tolerance * np.abs(values[chosen]), breakdown(operator, scale))
         converged = residuals[chosen] <= limit
         if converged.all() or search.is_complete() or search.num_products >= max_products:
             vectors = search.combined(weights[:, chosen])

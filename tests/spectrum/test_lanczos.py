@@ -134,6 +134,14 @@ class TestEigenpairs:
         for value, residual in zip(pairs.values, pairs.residuals, strict=True):
             assert np.abs(exact - value).min() <= residual * (1 + 1e-9)
 
+    def test_small_eigenvalues_are_as_accurate_as_large_ones(self):
+        """Found with a tolerance relative to the largest, which let values of the bulk pass."""
+        entries = np.concatenate([[10.0, 5.0], np.linspace(0.001, 0.1, 300)])
+        pairs = spectrum.top_eigenpairs(diagonal(entries), 6, key=KEY, tolerance=1e-2)
+        assert pairs.converged.all()
+        np.testing.assert_allclose(pairs.values, np.sort(entries)[::-1][:6], rtol=2e-2)
+        assert (pairs.residuals <= 1e-2 * pairs.values).all()
+
     def test_a_small_basis_restarts_and_finds_the_same(self):
         operator, matrix = hessian(hidden=30)
         pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, basis_size=6, tolerance=1e-6)
