@@ -88,7 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 RECOMPUTED = [name for name, options in METHODS.items() if options.get("recomputations") == 16]
-WITH_MORE_GRADIENTS = ("M-FAC independent, 1", "M-FAC joint, 1", "M-FAC joint, 16")
+WITH_MORE_GRADIENTS = ("saliency alone, 1", "M-FAC independent, 1", "M-FAC joint, 1")
 
 
 class Cell(NamedTuple):
@@ -104,8 +104,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """The grid, most telling first: all methods on the first seed, then the seeds, then more.
 
     Sixteen recomputations cost sixteen times as much: they are taken where sparsity is high, and
-    on further seeds with the full matrix and blocks of 128 only. Further seeds are pruned to those
-    sparsities alone.
+    on further seeds with the full matrix only. Further seeds are pruned to those sparsities alone.
     """
     few, many = args.num_grads[0], args.num_grads[1:]
     grid = []
@@ -118,8 +117,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
             grid += [Cell(seed, name, sparsity, few) for sparsity in chosen]
     for num_grads in many:
         for name in WITH_MORE_GRADIENTS:
-            chosen = [0.9] if name in RECOMPUTED else args.sparsities
-            grid += [Cell(0, name, sparsity, num_grads) for sparsity in chosen]
+            grid += [Cell(0, name, sparsity, num_grads) for sparsity in args.sparsities]
     return grid
 
 
@@ -330,7 +328,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--repeated",
         nargs="*",
-        default=["M-FAC joint, 16", "M-FAC joint, blocks 128, 16"],
+        default=["M-FAC joint, 16"],
         help="methods with sixteen recomputations for all seeds, not the first alone",
     )
     parser.add_argument("--num-grads", type=int, nargs="+", default=[64, 512])
