@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import path_name
-from curvax.spectrum._operator import Operator, tree_norm
+from curvax.spectrum._operator import Operator, tree_norm, wide_if_floating
 
 PyTree = Any
 Select = Callable[[str, Any], bool]
@@ -98,6 +98,7 @@ def over_batches(
 ) -> Operator:
     """The weighted mean over batches of a compiled product."""
     repeatable = list(batches) if isinstance(batches, Iterator) else batches
+    params = jax.tree.map(wide_if_floating, params)
     leaves, treedef = jax.tree.flatten(params)
     numbers, like = _selection(params, select)
     weight_of = batch_weight or _num_examples
@@ -112,10 +113,11 @@ def over_batches(
     @functools.cache
     def linear_parts() -> list[tuple[float, Any]]:
         anywhere = jax.tree.leaves(operator.like)  # a linear function has one slope
-        return [
-            (weight, compiled.linearized(numbers, treedef, leaves, arguments, anywhere))
-            for weight, arguments in weighted()
-        ]
+        with jax.ensure_compile_time_eval():  # kept beyond a graph that is being traced
+            return [
+                (weight, compiled.linearized(numbers, treedef, leaves, arguments, anywhere))
+                for weight, arguments in weighted()
+            ]
 
     def mean_product(vector: PyTree, stacked: bool = False) -> PyTree:
         given = jax.tree.leaves(vector)
@@ -181,10 +183,11 @@ def _check_deterministic(operator: Operator) -> None:
     vector = operator.random_vector(jax.random.key(0))
     first, second = operator(vector), operator(vector)
     difference = jax.tree.map(jnp.subtract, first, second)
-    error, scale = float(tree_norm(difference)), float(tree_norm(first))
+    error = float(tree_norm(difference))
+    scale = max(float(tree_norm(first)), float(tree_norm(second)))
     if error > 1e-3 * scale:
         warnings.warn(
-            f"two products of the same vector differ by {error / scale:.1e} of their length: is "
-            "dropout on, or are the batches in a new order with a loss that depends on it?",
+            f"two products of the same vector differ by {error / scale:.1e} of their length: are "
+            "the batches others at each pass, by augmentation or by dropout from a new key?",
             stacklevel=4,
         )

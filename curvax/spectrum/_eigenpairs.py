@@ -24,8 +24,8 @@ class Eigenpairs(NamedTuple):
       values: of shape (k,), float64 of NumPy; in descending order (``"smallest"``: ascending, and
         ``"magnitude"`` by absolute value).
       vectors: a tree with leaves of shape ``(k, *leaf.shape)``, each of length one.
-      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,): an eigenvalue lies at most that far
-        from the value.
+      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), not below what rounding leaves: an
+        eigenvalue lies at most that far from the value.
       converged: of shape (k,), whether the residual is within the tolerance.
       num_products: the number of products with the operator.
     """
@@ -52,8 +52,10 @@ def top_eigenpairs(
 
     Lanczos with full orthogonalization; when the basis is full, the best Ritz vectors are kept and
     the rest is built anew (thick restart), so that memory is bounded by ``basis_size`` vectors. An
-    exhausted Krylov space is left by a new random direction, so eigenvalues of any multiplicity are
-    found, and those of a zero operator are zeros.
+    exhausted Krylov space is left by a new random direction: an operator of few distinct
+    eigenvalues has all their copies found, and those of a zero operator are zeros. Elsewhere, the
+    first copy of an exactly multiple eigenvalue is found at once, and a further one only when
+    rounding has brought it in, which a smaller ``tolerance`` gives time for.
 
     Args:
       operator: a symmetric operator.
@@ -102,11 +104,11 @@ def top_eigenpairs(
         scale = float(np.abs(values).max())
         limit = np.maximum(tolerance * np.abs(values[chosen]), breakdown(operator, scale))
         converged = residuals[chosen] <= limit
-        if converged.all() or search.is_complete() or search.num_products >= max_products:
+        settled = converged.all() and not search.hides(values, k, which)
+        if settled or search.is_complete() or search.num_products >= max_products:
             vectors = search.combined(weights[:, chosen])
-            return Eigenpairs(
-                values[chosen], vectors, residuals[chosen], converged, search.num_products
-            )
+            bounds = np.maximum(residuals[chosen], breakdown(operator, scale))
+            return Eigenpairs(values[chosen], vectors, bounds, converged, search.num_products)
         if search.number < capacity:
             continue
         kept = _ends(values, min(capacity - 2, k + (capacity - k) // 2), which)
@@ -172,6 +174,13 @@ class _Search:
         values, weights = np.linalg.eigh(self._matrix[used, used])
         last = np.abs(weights[-1])
         return values, weights, np.where(last == 0, 0.0, self._residual * np.maximum(last, 1e-300))
+
+    def hides(self, values: np.ndarray, k: int, which: str) -> bool:
+        """Whether the eigenspace outside of the basis has a value that is wanted too."""
+        if self._residual > 0 or not self._is_fresh or self.is_complete():
+            return False
+        outside = self._matrix[self.number - 1, self.number - 1]
+        return len(values) in _ends(np.append(values, outside), k, which)
 
     def is_complete(self) -> bool:
         """Whether the basis spans the whole space."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count
+from curvax._checks import check_choice, check_count, check_like
 from curvax.spectrum._basis import Basis, normalized
 from curvax.spectrum._operator import Operator, tree_dot, tree_norm
 
@@ -105,8 +105,10 @@ class _Recurrence:
     """One tridiagonalization under way: give it $A$ times ``current`` until it has finished."""
 
     def __init__(self, operator: Operator, start: PyTree, order: int, reorthogonalize: str) -> None:
+        check_like("the start vector", start, operator.like)
+        start = jax.tree.map(lambda leaf, one: leaf.astype(one.dtype), start, operator.like)
         self.current, length = normalized(start)
-        if not length > 0:
+        if not (length > 0 and np.isfinite(length)):
             raise ValueError(f"the start vector must have a finite positive length, got {length}.")
         self._operator = operator
         self._order = min(order, operator.size)
@@ -214,13 +216,11 @@ def finite_products(operator: Operator, vectors: Sequence[PyTree]) -> list[PyTre
 
 
 def breakdown(operator: Operator, scale: float) -> float:
-    """The length up to which a remainder is rounding, for an operator of norm ``scale``."""
-    return (
-        10
-        * precision_of(operator.like)
-        * max(scale, np.finfo(np.float64).tiny)
-        * (operator.size**0.5)
-    )
+    """The length up to which a remainder is rounding, for an operator of norm ``scale``.
+
+    Vectors have length one, so it does not grow with their size.
+    """
+    return 10 * precision_of(operator.like) * max(scale, np.finfo(np.float64).tiny)
 
 
 def precision_of(like: PyTree) -> float:

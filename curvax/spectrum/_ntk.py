@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_count
+from curvax.spectrum._operator import wide_if_floating
 
 PyTree = Any
 
@@ -80,6 +81,7 @@ def ntk_gram(
         jax.tree.map(lambda x, a=start: x[a : a + micro_batch_size], inputs)
         for start in range(0, number, micro_batch_size)
     ]
+    params = jax.tree.map(wide_if_floating, params)
     rows, pushed = _compiled(network)
     blocks = []
     for part in parts:

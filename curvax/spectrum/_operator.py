@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from curvax._checks import check_like, check_range, path_name
+from curvax._checks import check_count, check_like, check_range, path_name
 from curvax.curvature import random_probe
 
 PyTree = Any
@@ -50,12 +50,13 @@ class Operator:
         products: Callable[[Sequence[PyTree]], list[PyTree]] | None = None,
     ) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            dtype = jnp.result_type(leaf)
+            if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(
-                    f"an operator's vectors are real floating-point, got {leaf.dtype} at "
+                    f"an operator's vectors are real floating-point, got {dtype} at "
                     f"{path_name(path)}: leave the leaf out, with select where that is offered."
                 )
-        self.like = jax.tree.map(_wide, like)
+        self.like = jax.tree.map(wide, like)
         self.size = sum(leaf.size for leaf in jax.tree.leaves(like))
         if not self.size:
             raise ValueError("an operator needs vectors with at least one entry.")
@@ -122,7 +123,9 @@ def check_symmetric(
       operator: $A$.
       key: a PRNG key for the vectors.
       num_probes: the number of pairs.
-      tolerance: of the difference, relative to $\lVert u \rVert \lVert A v \rVert$.
+      tolerance: of the difference, relative to $\lVert A u \rVert + \lVert A v \rVert$: of random
+        vectors the first has the size of $\lVert A - A^T \rVert_F$, the second of
+        $\lVert A \rVert_F$.
 
     Returns:
       Nothing.
@@ -137,12 +140,13 @@ def check_symmetric(
       >>> operator = spectrum.Operator(lambda vector: matrix @ vector, jnp.zeros(2))
       >>> spectrum.check_symmetric(operator, key=jax.random.key(0))
     """
+    check_count("num_probes", num_probes)
     check_range("tolerance", tolerance, low=0.0)
     for pair in jax.random.split(key, num_probes):
         u, v = (operator.random_vector(part) for part in jax.random.split(pair))
         image_u, image_v = operator(u), operator(v)
         difference = abs(float(tree_dot(u, image_v) - tree_dot(v, image_u)))
-        scale = float(tree_norm(u) * tree_norm(image_v) + tree_norm(v) * tree_norm(image_u))
+        scale = float(tree_norm(image_u) + tree_norm(image_v))
         if not difference <= tolerance * scale:
             raise ValueError(
                 f"the operator is not symmetric: u'Av and v'Au differ by {difference:.2e}, "
@@ -180,5 +184,12 @@ def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def wide(leaf: Any) -> jax.Array:
+    """The leaf in float32, or what is wider."""
+    dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def wide_if_floating(leaf: Any) -> Any:
+    """The same for real leaves; others, such as integers, stay as they are."""
+    return wide(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf

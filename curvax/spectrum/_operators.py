@@ -29,7 +29,9 @@ def hessian_operator(
     $A = \sum_b w_b \nabla^2 L_b(\theta) / \sum_b w_b$, with $w_b$ the number of examples in batch
     $b$: an uneven last batch counts by its size. The product with one batch is compiled and called
     from the host for each, so that data may be streamed, and the gradients of convolutions
-    stay out of loops, where XLA's CPU backend is slow.
+    stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, other values that
+    ``loss_fn`` closes over are those of its first call: what changes belongs into ``params`` or
+    ``batches``. Parameters narrower than float32 are widened.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch, in evaluation mode.
@@ -46,7 +48,7 @@ def hessian_operator(
         of a batch takes, times the number of batches. None for yes where ``batches`` is a list of
         a single one.
       check_deterministic: whether to compare two products of the same vector and warn if they
-        differ, as where dropout was left on.
+        differ: batches that are augmented, or bring a new key for dropout, at each pass.
 
     Returns:
       The operator.

@@ -62,7 +62,8 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
     r"""$P^{-1/2}$ of Adam, $P = \operatorname{diag}(\sqrt{\hat v} + \epsilon)$.
 
     Args:
-      state: the state of ``optax.adam`` or its relatives, found inside chains and wrappers.
+      state: the state of ``optax.adam`` or its relatives, found inside chains and wrappers. Not of
+        ``optax.amsgrad``, nor of ``optax.adamax``, whose state looks alike.
       like: the ``like`` of the operator; of a restricted one, the leaves that it names are taken.
       b2: as the optimizer has it.
       eps: as the optimizer has it.
@@ -89,6 +90,11 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
         several="optimizers with mu and nu",
         example="optax.adam",
     )
+    if hasattr(node, "nu_max") or hasattr(node, "nu_weight"):
+        raise ValueError(
+            f"{type(node).__name__} does not divide by the root of nu as Adam does: give "
+            "preconditioned its own diagonal, or adahessian_inverse_root's."
+        )
     count = int(jax.tree.leaves(node.count)[0])
     _check_steps(count)
     corrected = 1 - b2**count

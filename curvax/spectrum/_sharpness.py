@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_count, check_range
+from curvax._checks import check_range, check_real, check_size
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.fisher import DenseWindow
 from curvax.spectrum._operator import tree_dot, tree_norm
@@ -91,11 +91,12 @@ def track_sharpness(
       Cohen et al., [Gradient descent on neural networks typically occurs at the edge of
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
-    check_count("every", every)
-    check_count("num_products", num_products)
+    check_size("every", every)
+    check_size("num_products", num_products)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
+        check_real("track_sharpness", params)
         own_key = jax.random.key(0) if key is None else jnp.copy(key)
         nan = jnp.full((), jnp.nan, jnp.float32)
         direction = None
@@ -144,12 +145,14 @@ def track_sharpness(
             probe = random_probe(probe_key, state.direction)
             sample = tree_dot(probe, product(probe)).astype(jnp.float32)
             average = trace_decay * state.hessian_trace + (1 - trace_decay) * sample
-            finite = jnp.isfinite(value)
+            finite = jnp.isfinite(value) & jnp.isfinite(tree_norm(direction))
             return state._replace(
                 sharpness=value.astype(jnp.float32),
                 hessian_trace=jnp.where(jnp.isfinite(state.hessian_trace), average, sample),
                 direction=jax.tree.map(
-                    lambda new, old: jnp.where(finite, new, old), direction, state.direction
+                    lambda new, old: jnp.where(finite, new, old).astype(old.dtype),
+                    direction,
+                    state.direction,
                 ),
             )
 
@@ -202,10 +205,10 @@ def _ritz(
             rest = jax.tree.map(lambda a, b: a - b.astype(a.dtype), rest, spanned)
             column = column + coefficients
         matrix = matrix.at[:, step].set(column).at[step, :].set(column)
-        # An exhausted space: further vectors are zeros, with the first value, which is no larger.
+        # An exhausted space: further vectors are zeros, whose value must not be the largest.
         scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(dtype).tiny)
-        alive = length > 0
-        matrix = matrix.at[step, step].set(jnp.where(alive, matrix[step, step], matrix[0, 0]))
+        below = matrix[0, 0] - scale - 1
+        matrix = matrix.at[step, step].set(jnp.where(length > 0, matrix[step, step], below))
         length = tree_norm(rest)
         length = jnp.where(length > 100 * jnp.finfo(dtype).eps * scale, length, 0)
         vector = jax.tree.map(

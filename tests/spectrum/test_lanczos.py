@@ -95,6 +95,10 @@ class TestLanczos:
         operator = diagonal([1.0, 2.0])
         with pytest.raises(ValueError, match="finite positive length, got 0"):
             spectrum.lanczos(operator, jnp.zeros(2), 2)
+        with pytest.raises(ValueError, match="finite positive length, got inf"):
+            spectrum.lanczos(operator, jnp.full(2, 1e300), 2)
+        with pytest.raises(ValueError, match="the start vector must match"):
+            spectrum.lanczos(operator, jnp.ones(3), 2)
         with pytest.raises(ValueError, match="order must be"):
             spectrum.lanczos(operator, jnp.ones(2), 0)
         with pytest.raises(ValueError, match="reorthogonalize must be one of"):
@@ -154,6 +158,42 @@ class TestEigenpairs:
         np.testing.assert_allclose(pairs.values, [5.0, 5.0, 5.0, 1.0, 1.0], atol=1e-10)
         flat = np.asarray(pairs.vectors)
         np.testing.assert_allclose(flat @ flat.T, np.eye(5), atol=1e-10)
+
+    def test_copies_outside_of_an_exhausted_space_are_not_missed(self):
+        """Three vectors span the space of a start; the copies of 7 lie outside of it."""
+        operator = diagonal([7.0] * 50 + [1.0, 2.0])
+        pairs = spectrum.top_eigenpairs(operator, 5, key=KEY)
+        np.testing.assert_allclose(pairs.values, [7.0] * 5)
+
+    def test_in_float32_a_large_operator_is_not_taken_for_exhausted(self):
+        entries = jnp.linspace(0, 0.1, 10**6, dtype=jnp.float32).at[0].set(100)
+        operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(10**6, jnp.float32))
+        result = spectrum.lanczos(operator, operator.random_vector(KEY), 16)
+        assert result.num_products == 16
+        assert result.residual > 0
+        pairs = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-2)
+        np.testing.assert_allclose(pairs.values, [100, 0.1], rtol=1e-2)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_residuals_of_low_precision_params_are_true(self, dtype):
+        one = problems.problem(dtype=dtype)
+        operator = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, tolerance=1e-6)
+        for index in range(3):
+            vector = jax.tree.map(lambda leaf, i=index: leaf[i], pairs.vectors)
+            error = ravel(operator(vector)) - pairs.values[index] * ravel(vector)
+            assert np.linalg.norm(error) <= 2 * pairs.residuals[index]
+
+    def test_a_product_that_is_not_finite_is_an_error_everywhere(self):
+        operator = spectrum.Operator(lambda v: v / 0, jnp.zeros(3))
+        for call in (
+            lambda: spectrum.top_eigenpairs(operator, 1, key=KEY),
+            lambda: spectrum.spectral_density(operator, key=KEY),
+            lambda: spectrum.trace(operator, key=KEY),
+            lambda: spectrum.trace(operator, key=KEY, method="hutch++"),
+        ):
+            with pytest.raises(ValueError, match="not finite"):
+                call()
 
     def test_a_warm_start_takes_fewer_products_and_an_eigenvector_does_not_mislead(self):
         operator, _ = hessian()
@@ -349,6 +389,11 @@ class TestTrace:
         several = spectrum.trace(operator, probes_together=3, **options)
         np.testing.assert_allclose(several.samples, one.samples, rtol=1e-9, atol=1e-12)
         assert several.num_products == one.num_products
+
+    @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
+    def test_of_a_zero_operator_it_is_zero(self, method):
+        result = spectrum.trace(diagonal([0.0] * 9), key=KEY, num_probes=3, method=method)
+        assert result.value == result.standard_error == 0
 
     def test_a_single_probe_has_no_standard_error(self):
         assert np.isnan(spectrum.trace(diagonal([1.0, 2.0]), key=KEY, num_probes=1).standard_error)

@@ -101,6 +101,11 @@ def test_a_kept_product_can_be_traced_and_used_outside_again():
     )
     traced = jax.jit(operator)(one.params)
     np.testing.assert_allclose(ravel(operator(one.params)), ravel(traced), atol=1e-12)
+    closed_over = spectrum.hessian_operator(
+        loss_fn, one.params, one.batches[:1], check_deterministic=False
+    )
+    doubled = jax.jit(lambda scale: scale * ravel_pytree(closed_over(one.params))[0])(2.0)
+    np.testing.assert_allclose(2 * ravel(closed_over(one.params)), doubled, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", ["first", "second/kernel"])
@@ -342,6 +347,9 @@ class TestBadInput:
         operator = spectrum.Operator(lambda v: matrix @ v, jnp.zeros(2))
         with pytest.raises(ValueError, match="the operator is not symmetric"):
             spectrum.check_symmetric(operator, key=jax.random.key(0))
+        rolled = spectrum.Operator(lambda v: jnp.roll(v, 1), jnp.zeros(10**5))
+        with pytest.raises(ValueError, match="the operator is not symmetric"):
+            spectrum.check_symmetric(rolled, key=jax.random.key(0))
         one = problems.problem()
         good = spectrum.hessian_operator(loss_fn, one.params, one.batches)
         spectrum.check_symmetric(good, key=jax.random.key(0), tolerance=1e-12)

@@ -60,6 +60,33 @@ class TestTracker:
         np.testing.assert_allclose(state.hessian_trace, 2.0, rtol=1e-5)
         np.testing.assert_allclose(state.sharpness_times_lr, 1.5, rtol=1e-5)
 
+    @pytest.mark.parametrize("diagonal", [[3.0, 1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, -2.0]])
+    def test_a_converged_direction_stays_finite(self, diagonal):
+        """The vector of an exhausted space was divided by its length of zero."""
+        entries = jnp.array(diagonal)
+        tx = spectrum.track_sharpness(0.1, num_products=3)
+        params, state = jnp.ones(2), tx.init(jnp.ones(2))
+        for _ in range(6):
+            _, state = tx.update(
+                params, state, params, obj_fn=lambda x: jnp.sum(entries * x**2) / 2
+            )
+            assert np.isfinite(state.direction).all()
+        np.testing.assert_allclose(state.sharpness, max(diagonal), rtol=1e-5, atol=1e-6)
+
+    def test_integer_leaves_take_no_part_and_complex_ones_are_refused(self):
+        tx = spectrum.track_sharpness(0.1, every=2)
+        params = {"w": jnp.ones(2), "n": jnp.int32(3)}
+
+        def loss(p):
+            return jnp.sum(jnp.array([3.0, 1.0]) * p["w"] ** 2) / 2
+
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(params, state, params, obj_fn=loss)
+        np.testing.assert_allclose(state.sharpness, 3.0, rtol=1e-5)
+        with pytest.raises(ValueError, match="needs real parameters"):
+            tx.init(jnp.ones(2, jnp.complex64))
+
     def test_a_product_that_is_not_finite_shows_and_leaves_the_direction(self):
         tx = spectrum.track_sharpness(0.1)
         params = jnp.ones(3)
