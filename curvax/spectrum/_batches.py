@@ -113,23 +113,22 @@ def over_batches(
     @functools.cache
     def linear_parts() -> list[tuple[float, Any]]:
         anywhere = jax.tree.leaves(operator.like)  # a linear function has one slope
-        with jax.ensure_compile_time_eval():  # kept beyond a graph that is being traced
-            return [
-                (weight, compiled.linearized(numbers, treedef, leaves, arguments, anywhere))
-                for weight, arguments in weighted()
-            ]
+        return [
+            (weight, compiled.linearized(numbers, treedef, leaves, arguments, anywhere))
+            for weight, arguments in weighted()
+        ]
 
     def mean_product(vector: PyTree, stacked: bool = False) -> PyTree:
         given = jax.tree.leaves(vector)
         add: Callable[..., list[jax.Array]]
         parts: Iterable[tuple[float, Any]]
-        # In a caller's graph, what is kept would be baked in as constants.
-        if keep and not any(isinstance(leaf, jax.core.Tracer) for leaf in given):
+        total, weights = [jnp.zeros_like(leaf) for leaf in given], 0.0
+        # In a caller's graph even zeros are traced; what is kept would be traced, or baked in.
+        if keep and not any(isinstance(leaf, jax.core.Tracer) for leaf in [*given, *total]):
             add, parts = functools.partial(_add_linear, stacked), linear_parts()
         else:
             add = functools.partial(compiled.add, stacked, numbers, treedef, leaves)
             parts = weighted()
-        total, weights = [jnp.zeros_like(leaf) for leaf in given], 0.0
         for weight, part in parts:
             total = add(part, total, weight, given)
             weights += weight
