@@ -82,7 +82,8 @@ def prune(
         sparsity.
       structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
       damping: $\lambda$.
-      block_size: the size of the blocks of $F$; None for the full matrix.
+      block_size: the size of the blocks of $F$; None for the full matrix. Where gradients are far
+        fewer than weights, 128 prunes much better at high sparsity.
       block_scope: whether blocks run over the ``"tree"`` of alive weights or start anew at each
         ``"leaf"``.
       mesh: devices over which the blocks are spread.

@@ -30,6 +30,7 @@ def as_matrix(operator):
     return np.stack([np.asarray(product(row)) for row in jnp.eye(flat.size)])
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("seed", range(3))
 def test_the_hessian_of_uneven_batches_is_that_of_all_examples(seed):
     one = problems.problem(seed)
@@ -55,6 +56,7 @@ def test_gauss_newton_and_empirical_fisher_are_their_dense_matrices():
         np.testing.assert_allclose(as_matrix(operator), expected, atol=1e-12)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical_fisher"])
 @pytest.mark.parametrize("select", [None, lambda path, leaf: "kernel" in path])
 def test_what_is_computed_once_and_kept_changes_nothing(kind, select):
