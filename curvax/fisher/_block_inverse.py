@@ -121,7 +121,7 @@ class BlockInverse:
         pieces = []
         for start, factor in zip(self._starts, self._factors, strict=True):
             if self.primal:
-                piece = self._over_devices(_diagonal_primal)(factor, self.num_rows)
+                piece = self._over_devices(_diagonal_primal)(factor, self.num_rows, self._damping)
             else:
                 piece = self._over_devices(_diagonal_dual)(factor, self._rows(start), self._damping)
             pieces.append(piece.reshape(-1))
@@ -287,8 +287,8 @@ def _inverse_dual(factor: jax.Array, rows: jax.Array, damping: Any) -> jax.Array
 
 
 @jax.jit
-def _diagonal_primal(factor: jax.Array, num_rows: Any) -> jax.Array:
-    return num_rows * jnp.sum(factor**2, axis=1)
+def _diagonal_primal(factor: jax.Array, num_rows: Any, damping: Any) -> jax.Array:
+    return jnp.minimum(num_rows * jnp.sum(factor**2, axis=1), 1 / damping)
 
 
 @jax.jit

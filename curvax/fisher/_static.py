@@ -70,9 +70,9 @@ class InverseFisher:
     def diagonal(self) -> PyTree:
         r"""The diagonal of $F^{-1}$.
 
-        It is exact up to rounding, and within the bounds $1 / F_{ii}$ and $1 / \lambda$ whatever
-        the rounding: the difference that gives it in the published form loses digits where it is
-        small, and could be negative.
+        It is exact up to rounding, and positive and at most $1 / \lambda$ whatever the rounding
+        (from the dual form at least $1 / F_{ii}$, too): the difference that gives it in the
+        published form loses digits where it is small, and could be negative.
 
         Returns:
           A tree like one gradient, positive.
@@ -192,7 +192,7 @@ def inverse_fisher(
     later = None
     if isinstance(grads, Iterator):
         grads, later = _first_chunk(grads, block_size, scope)
-    leaves = _checked_leaves(grads)
+    leaves = checked_leaves(grads)
     working_dtype = _working_dtype(leaves, dtype)
     groups = [
         _Group(
@@ -313,12 +313,12 @@ def _first_chunk(
 def _checked_chunks(chunks: Iterator[PyTree], first: PyTree, dtype: Any) -> Iterator[Columns]:
     shapes = jax.tree.map(lambda rows: rows[0], first)
     for chunk in chunks:
-        leaves = _checked_leaves(chunk)
+        leaves = checked_leaves(chunk)
         check_like("a chunk's gradient", jax.tree.map(lambda rows: rows[0], chunk), shapes)
         yield Columns(leaves, dtype)
 
 
-def _checked_leaves(grads: PyTree) -> list[Any]:
+def checked_leaves(grads: PyTree) -> list[Any]:
     """The leaves, with real finite numbers and rows for the same gradients."""
     entries = jax.tree_util.tree_leaves_with_path(grads)
     rows = {path_name(path): jnp.shape(leaf)[:1] for path, leaf in entries}

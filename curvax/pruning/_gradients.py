@@ -36,7 +36,9 @@ def collect_gradients(
     evaluation mode: without dropout, and with the running statistics of batch normalization.
 
     Args:
-      loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch.
+      loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch. As under ``jax.jit``,
+        what it closes over is as in its first call: what changes, such as statistics of batch
+        normalization that are tuned on, belongs into ``batches``.
       params: the parameters.
       batches: gives the further arguments of ``loss_fn``, one batch after the other: a tuple of
         them, or a single one that is no tuple. Arrays in them have the examples along the first
@@ -110,7 +112,9 @@ def _means(
             continue
         number, total = _num_examples(arguments), None
         for part, share in _parts(arguments, number, size):
-            scaled = jax.tree.map(lambda g, s=share: s * g, gradient(params, *part))
+            scaled = jax.tree.map(
+                lambda g, s=share: s * g.astype(wide_dtype(g)), gradient(params, *part)
+            )
             total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         yield total
 

@@ -32,9 +32,10 @@ def keep_pruned(
 
     With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn``
     with zeros at the pruned weights, so that its moments, window and curvature know of kept ones
-    only, and the update of a pruned weight $w$ is $-w$: exactly zero afterwards, whatever was
-    added in between. Without ``inner`` the transformation itself does the last: put it at the end
-    of a chain. In front of a chain it keeps moments at zero.
+    only, and the update of a pruned weight $w$ is $-w$: zero afterwards, whatever was added in
+    between (exactly, where updates have the parameters' dtype). Without ``inner`` the
+    transformation itself does the last: put it at the end of a chain. It does not belong in front
+    of an optimizer, which would scale $-w$ like a gradient: use ``inner``.
 
     Args:
       mask: a tree of bool like the params, True for the weights that are kept.

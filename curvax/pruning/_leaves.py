@@ -30,7 +30,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
       >>> is_kernel("dense/kernel", jnp.zeros((3, 2))), is_kernel("dense/bias", jnp.zeros(2))
       (True, False)
     """
-    name = path.rpartition("/")[2].lower()
+    name = path.lower().removesuffix("/value").rpartition("/")[2]  # NNX's states end in value
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
     return real and jnp.ndim(leaf) >= 2 and name not in {"bias", "scale", "embedding"}
 
@@ -61,7 +61,7 @@ def selected_leaves(params: PyTree, mask: PyTree | None, predicate: Predicate) -
     leaves = []
     for index, ((path, leaf), kept) in enumerate(zip(entries, masks, strict=True)):
         name = path_name(path)
-        if not predicate(name, leaf):
+        if not leaf.size or not predicate(name, leaf):
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"only real weights can be pruned, got {leaf.dtype} at {name}.")
@@ -96,7 +96,8 @@ def alive_columns(grads: PyTree, params: PyTree, leaves: Sequence[Leaf]) -> list
 
 
 def _columns(rows: Any, leaf: Leaf) -> Any:
-    if len(leaf.alive) == math.prod(leaf.shape):
+    sharded = isinstance(rows, jax.Array) and len(rows.sharding.device_set) > 1
+    if len(leaf.alive) == math.prod(leaf.shape) and not sharded:
         return rows.reshape(len(rows), -1)
     # On the host: on a device each number of alive weights would be compiled anew.
     chosen = np.asarray(rows).reshape(len(rows), -1)[:, leaf.alive]

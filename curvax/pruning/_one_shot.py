@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax._checks import check_count, check_range, path_name
 from curvax.pruning._gradients import collect_gradients
-from curvax.pruning._leaves import check_mask, is_kernel, selected_leaves
+from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
 from curvax.pruning._prune import explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_drop, pools
@@ -219,13 +220,20 @@ def _steps(
     for pool in pools(leaves, target, "global"):
         members = [leaves[number] for number in pool.leaves]
         number_to_drop(members, pool.sparsity)  # raises where it is below the present one
-        total = sum(math.prod(leaf.shape) for leaf in members)
-        present = 1 - sum(len(leaf.alive) for leaf in members) / total
-        initial = min(present, pool.sparsity)
+        initial = min(_present(members, options.get("scope", "global")), pool.sparsity)
         paths.append(geometric_sparsities(initial, pool.sparsity, num_steps))
     if isinstance(target, Mapping):
         return [dict(zip(target, step, strict=True)) for step in zip(*paths, strict=True)]
     return list(paths[0])
+
+
+def _present(leaves: Sequence[Leaf], scope: str) -> float:
+    """The sparsity to start from: of all, or, where each leaf has its own, the highest."""
+    sizes = np.array([math.prod(leaf.shape) for leaf in leaves])
+    alive = np.array([len(leaf.alive) for leaf in leaves])
+    if scope == "layer":
+        return float(np.max(1 - alive / sizes))
+    return float(1 - alive.sum() / sizes.sum())
 
 
 def _check_path(initial: float, final: float, num_steps: int) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
+from curvax.fisher._static import checked_leaves
 from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._result import PruneResult, layer_sparsities
 from curvax.pruning._scores import (
@@ -26,6 +27,7 @@ PyTree = Any
 METHODS = ("obs", "greedy", "fisher", "magnitude")
 UPDATES = ("joint", "independent", "none")
 SCOPES = ("global", "layer")
+BLOCK_SCOPES = ("tree", "leaf")
 
 
 def prune(
@@ -111,9 +113,13 @@ def prune(
     """
     _check_options(method, update, scope, structure, block_size)
     check_range("damping", damping, low=0.0, open_low=True)
+    check_choice("block_scope", block_scope, BLOCK_SCOPES)
     target = explicit_target(sparsity, structure)
     leaves = selected_leaves(params, mask, predicate)
-    columns = None if grads is None else alive_columns(grads, params, leaves)
+    columns = None
+    if grads is not None:
+        columns = alive_columns(grads, params, leaves)
+        checked_leaves({leaf.path: rows for leaf, rows in zip(leaves, columns, strict=True)})
     if columns is None and (method != "magnitude" or update not in (None, "none")):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
     options = FisherOptions(damping, block_size, block_scope, mesh)
@@ -186,6 +192,7 @@ def _check_options(
 
 def explicit_target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
     """The checked sparsity, which for None is all that N:M allows."""
+    check_structure(structure)
     if sparsity is None:
         if not isinstance(structure, NM):
             raise ValueError("sparsity=None needs structure=NM(n, m), whose sparsity is 1 - n/m.")

@@ -34,9 +34,9 @@ class PruneResult(NamedTuple):
     """Pruned parameters.
 
     Attributes:
-      params: the parameters; pruned weights are exactly zero.
-      mask: a tree of bool like ``params``, True for what is kept; all True for leaves that are
-        not pruned.
+      params: the parameters; pruned weights of the selected leaves are exactly zero.
+      mask: a tree of bool like ``params``, True for what is kept; leaves that were not selected
+        have what was given, True without a mask.
       layers: the leaves that are pruned, in the tree's order.
       predicted_loss_change: what the quadratic model of the given gradients expects the loss to
         rise by, summed over recomputations; None without gradients. Its scale is right for

@@ -10,6 +10,7 @@ import numpy as np
 
 from curvax.fisher import InverseFisher, inverse_fisher
 from curvax.fisher._block_inverse import BlockInverse
+from curvax.fisher._window import wide_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._packing import Packing
 
@@ -64,8 +65,9 @@ def greedy_scores(
 
     After the removal of $p$ the inverse is that of the rest,
     $F^{-1} - F^{-1} e_p e_p^T F^{-1} / [F^{-1}]_{pp}$, and the weights have moved by
-    $-F^{-1} e_p w_p / [F^{-1}]_{pp}$. A weight's score is the largest saliency up to its turn, so
-    that a threshold on scores takes the first ones of each block.
+    $-F^{-1} e_p w_p / [F^{-1}]_{pp}$. A weight's score is the largest saliency up to its turn,
+    and a rounding unit more than that of the one before, so that a threshold on scores takes the
+    first ones of each block.
     """
     packing = options.packing(leaves)
     all_weights = packing.pack([leaf.weights for leaf in leaves])
@@ -100,7 +102,7 @@ def _greedy(weights: jax.Array, smallest: jax.Array, inverse: jax.Array) -> jax.
         diagonal = jnp.maximum(jnp.diagonal(inverse, axis1=1, axis2=2), smallest)
         saliency = jnp.where(alive, weights**2 / (2 * diagonal), jnp.inf)
         chosen = jnp.argmin(saliency, axis=1)
-        highest = jnp.maximum(highest, saliency[blocks, chosen])
+        highest = jnp.maximum(jnp.nextafter(highest, jnp.inf), saliency[blocks, chosen])
         scores = scores.at[blocks, chosen].set(highest)
         alive = alive.at[blocks, chosen].set(False)
         column = inverse[blocks, :, chosen]
@@ -120,6 +122,7 @@ def _greedy(weights: jax.Array, smallest: jax.Array, inverse: jax.Array) -> jax.
 
 
 def _mean_of_squares(rows: Any) -> np.ndarray:
+    dtype = wide_dtype(rows)
     if isinstance(rows, np.ndarray):
-        return np.einsum("mi,mi->i", rows, rows) / len(rows)
-    return np.asarray(jnp.mean(rows**2, axis=0))
+        return np.einsum("mi,mi->i", rows, rows, dtype=dtype) / len(rows)
+    return np.asarray(jnp.mean(rows.astype(dtype) ** 2, axis=0))

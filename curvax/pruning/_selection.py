@@ -24,6 +24,8 @@ class Pool(NamedTuple):
 def check_sparsity(sparsity: Any) -> None:
     """Raises unless a sparsity, or each of several, is in [0, 1)."""
     values = sparsity.items() if isinstance(sparsity, Mapping) else [("", sparsity)]
+    if not values:
+        raise ValueError("sparsity must name at least one pattern, got an empty mapping.")
     for pattern, value in values:
         name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
         check_range(name, value, low=0.0, high=1.0, open_high=True)
@@ -75,12 +77,13 @@ def dropped_weights(
     dropped = [np.zeros(len(leaf.alive), bool) for leaf in leaves]
     for pool in pools(leaves, sparsity, scope):
         members = [leaves[number] for number in pool.leaves]
+        whole = _is_whole(pool.sparsity, structure)
         flags = _drop(
             members,
             [scores[number] for number in pool.leaves],
-            number_to_drop(members, pool.sparsity),
+            0 if whole else number_to_drop(members, pool.sparsity),
             structure,
-            _is_whole(pool.sparsity, structure),
+            whole,
         )
         for number, flag in zip(pool.leaves, flags, strict=True):
             dropped[number] = flag
@@ -131,9 +134,13 @@ def _lowest(scores: np.ndarray, number: int, candidates: np.ndarray) -> np.ndarr
 
 
 def _lowest_units(scores: np.ndarray, units: np.ndarray, number: int) -> np.ndarray:
-    """Whole units of lowest score per weight, as many as ``number`` weights allow."""
+    """Whole units of lowest score per weight, each that still fits into ``number`` weights."""
     sizes = np.bincount(units)
     means = np.bincount(units, weights=scores) / np.maximum(sizes, 1)
     order = np.argsort(np.where(sizes > 0, means, np.inf), kind="stable")
-    taken = order[np.cumsum(sizes[order]) <= number]
-    return np.isin(units, taken)
+    taken = np.zeros(len(sizes), bool)
+    for unit in order:
+        if 0 < sizes[unit] <= number:
+            taken[unit] = True
+            number -= sizes[unit]
+    return taken[units]

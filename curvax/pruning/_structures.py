@@ -61,6 +61,12 @@ def unit_numbers(leaf: Leaf, structure: Structure | None) -> np.ndarray:
     if isinstance(structure, OutputUnits):
         return leaf.alive % leaf.shape[-1]
     length = structure.m if isinstance(structure, NM) else structure.size
+    if len(leaf.shape) < 2 or (len(leaf.shape) == 3 and "conv" not in leaf.path.lower()):
+        raise ValueError(
+            f"{structure} needs the fan-in's axis, which {leaf.path} of shape {leaf.shape} does "
+            "not tell: kernels of dense layers (fan-in, outputs) and convolutions do; leave the "
+            "leaf out with predicate."
+        )
     fan_in = leaf.shape[FAN_IN]
     if fan_in % length:
         raise ValueError(

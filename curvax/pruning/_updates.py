@@ -16,6 +16,7 @@ import numpy as np
 
 from curvax.fisher import InverseFisher
 from curvax.fisher._static import compensation
+from curvax.fisher._window import wide_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._packing import Packing
 from curvax.pruning._scores import FisherOptions
@@ -61,5 +62,6 @@ def predicted_loss_change(columns: Sequence[Any], changes: Sequence[np.ndarray])
     r"""$\bar g^T \delta + \frac{1}{2m} \sum_i (g_i^T \delta)^2$, the loss's model."""
     products = np.zeros(len(columns[0]))
     for rows, change in zip(columns, changes, strict=True):
-        products += np.asarray(rows) @ change.astype(rows.dtype)
+        dtype = np.dtype(wide_dtype(rows))
+        products += np.asarray(rows).astype(dtype, copy=False) @ change.astype(dtype)
     return float(products.mean() + (products**2).mean() / 2)

@@ -65,6 +65,99 @@ def test_the_independent_update_is_the_published_sum(seed):
     np.testing.assert_allclose(problems.kernels(result.params), expected, atol=1e-9)
 
 
+def test_greedy_removes_in_its_order_where_saliencies_fall():
+    """The second weight goes first, and makes the other's saliency smaller than its own."""
+    root = np.linalg.cholesky(np.array([[2.0, -1.9], [-1.9, 2.0]]) - 1e-3 * np.eye(2)).T
+    rows = {"kernel": jnp.asarray(np.sqrt(2) * root[:, :, np.newaxis])}
+    params = {"kernel": jnp.array([[1.1], [1.0]])}
+    result = pruning.prune(params, rows, 0.5, method="greedy", block_size=2, damping=1e-3)
+    np.testing.assert_array_equal(np.ravel(result.mask["kernel"]), [True, False])
+
+
+@pytest.mark.parametrize("method", ["fisher", "obs", "magnitude"])
+def test_gradients_that_are_not_finite_are_an_error_for_every_method(method):
+    params, rows = problem(0)
+    rows = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), rows)
+    with pytest.raises(ValueError, match="must be finite"):
+        pruning.prune(params, rows, 0.5, method=method)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_gradients_are_summed_in_float32(dtype):
+    rows = {"kernel": jnp.array([[[300.0], [1.0]], [[300.0], [1.0]]], dtype)}
+    params = {"kernel": jnp.array([[3.0], [1.0]])}
+    result = pruning.prune(params, rows, 0.5, method="fisher")
+    np.testing.assert_array_equal(np.ravel(result.mask["kernel"]), [True, False])
+
+
+def test_units_that_do_not_fit_are_passed_over():
+    params = {"a": {"kernel": jnp.full((100, 2), 0.1)}, "b": {"kernel": jnp.ones((4, 25))}}
+    units = pruning.OutputUnits()
+    result = pruning.prune(params, None, 0.3, method="magnitude", structure=units)
+    assert int(jnp.sum(~result.mask["b"]["kernel"])) == 88
+
+
+def test_empty_leaves_and_states_of_nnx_are_passed_over():
+    params = {"a": jnp.ones((0, 2)), "emb": {"embedding": {"value": jnp.ones((2, 2))}}}
+    params["kernel"] = jnp.array([[1.0, 2.0]])
+    result = pruning.prune(params, None, 0.5, method="magnitude")
+    assert [layer.path for layer in result.layers] == ["kernel"]
+
+
+def test_nm_of_what_is_mostly_pruned_takes_what_is_left():
+    params = {"kernel": jnp.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [7.0], [8.0]])}
+    mask = {"kernel": jnp.array([0, 0, 0, 0, 0, 1, 1, 1], bool)[:, np.newaxis]}
+    result = pruning.prune(
+        params, None, None, method="magnitude", mask=mask, structure=pruning.NM(2, 4)
+    )
+    np.testing.assert_array_equal(np.ravel(result.mask["kernel"]), [0, 0, 0, 0, 0, 0, 1, 1])
+
+
+def test_layers_pruned_unequally_are_pruned_on_in_steps():
+    params = {"a": {"kernel": jnp.arange(1.0, 11)[:, np.newaxis]}}
+    params["b"] = params["a"]
+    mask = {"a": {"kernel": jnp.arange(10)[:, np.newaxis] >= 6}}
+    mask["b"] = {"kernel": jnp.ones((10, 1), bool)}
+
+    def loss(p, x):
+        return jnp.mean((x @ (p["a"]["kernel"] + p["b"]["kernel"])) ** 2)
+
+    batches = [np.random.default_rng(k).standard_normal((4, 10)) for k in range(8)]
+    result = pruning.prune_one_shot(
+        loss,
+        params,
+        batches,
+        0.7,
+        mask=mask,
+        scope="layer",
+        recomputations=3,
+        num_grads=8,
+        progress=False,
+    )
+    assert [layer.sparsity for layer in result.layers] == [0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": None, "structure": pruning.NM(5, 4)}, "needs n <= m"),
+        ({"sparsity": None, "structure": pruning.NM(2, 0)}, "m of NM"),
+        ({"sparsity": {}}, "at least one pattern"),
+        ({"sparsity": 0.5, "block_scope": "layer"}, "block_scope must be one of"),
+    ],
+)
+def test_bad_options_are_clear_errors(options, message):
+    params = {"kernel": jnp.ones((4, 2))}
+    with pytest.raises(ValueError, match=message):
+        pruning.prune(params, None, method="magnitude", **options)
+
+
+def test_a_kernel_of_attention_has_no_single_fan_in():
+    params = {"query": {"kernel": jnp.ones((8, 4, 2))}}
+    with pytest.raises(ValueError, match="does not tell"):
+        pruning.prune(params, None, None, method="magnitude", structure=pruning.NM(2, 4))
+
+
 @every_seed
 @pytest.mark.parametrize("block_size", [4, 10, 56])
 def test_greedy_equals_removals_one_at_a_time(block_size, seed):
@@ -80,7 +173,8 @@ def test_greedy_equals_removals_one_at_a_time(block_size, seed):
             values = np.array([weights[k] for k in alive])
             saliency = values**2 / (2 * np.diag(inverse))
             chosen = int(np.argmin(saliency))
-            highest = max(highest, saliency[chosen])
+            # More than the one before, so that equal scores do not change the order.
+            highest = max(highest * (1 + 1e-15), saliency[chosen])
             scores[alive[chosen]] = highest
             values = values - inverse[:, chosen] * values[chosen] / inverse[chosen, chosen]
             weights = dict(zip(alive, values, strict=True))
