@@ -13,7 +13,7 @@ from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._window import replicated
 
 _ROW_BLOCKS = 4
-_CHUNK_BYTES = 2**21  # measured: two thirds of the time of 2**23, and a third of no chunks
+_CHUNK_BYTES = 2**21  # measured: a tenth faster than 2**23, three times no chunks
 
 
 def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
