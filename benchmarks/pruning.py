@@ -88,6 +88,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# Between two fine-tunings.
+GRADUAL_METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "M-FAC joint, blocks 128, 4": {**M_FAC, "block_size": 128, "recomputations": 4},
+}
 RECOMPUTED = [name for name, options in METHODS.items() if options.get("recomputations") == 16]
 WITH_MORE_GRADIENTS = ("saliency alone, 1", "M-FAC independent, 1", "M-FAC joint, 1")
 
@@ -105,7 +110,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """The grid, most telling first: all methods on the first seed, then the seeds, then more.
 
     Sixteen recomputations cost sixteen times as much: they are taken where sparsity is high, and
-    on further seeds with the full matrix only. Further seeds are pruned to those sparsities alone.
+    on further seeds in blocks of 128 only. Further seeds are pruned to those sparsities alone.
     """
     few, many = args.num_grads[0], args.num_grads[1:]
     grid = []
@@ -184,55 +189,48 @@ def frozen_statistics(seed: int, data: HashableDataset, epochs: float) -> Frozen
 def gradual(args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns) -> dict[str, Any]:
     """Gradual pruning with fine-tuning between, of equal budgets."""
     results: dict[str, Any] = {}
-    for final in args.gradual_sparsities:
-        for name in ("magnitude", "M-FAC joint, blocks 128, 16"):
-
-            def run(final=final, name=name):
-                variables = trained(0, data, args.epochs)
-                frozen = Frozen(variables.statistics)
-                current = [variables]
-
-                def fine_tune(params: PyTree, mask: PyTree) -> PyTree:
-                    current[0] = sgd_steps(
-                        current[0]._replace(params=params),
-                        data,
-                        args.fine_tuning_epochs,
-                        0.005,
-                        seed=7,
-                        mask=mask,
-                        description=f"{name}, {final:.0%}: fine-tuning",
-                    )
-                    frozen.tree = current[0].statistics
-                    return current[0].params
-
-                def loss(params: PyTree, statistics: PyTree, images: Any, labels: Any) -> Any:
-                    return mean_loss(params, statistics, images, labels)
-
-                batches = (
-                    (frozen.tree, images, labels) for images, labels in fisher_batches(data, 0)
+    for seed in range(args.gradual_seeds or args.seeds):
+        for final in args.gradual_sparsities:
+            for name, options in GRADUAL_METHODS.items():
+                key = (
+                    f"gradual; {options}; {final}; {args.gradual_steps} x "
+                    f"{args.fine_tuning_epochs}; {args.damping}; {args.epochs}; {seed}"
                 )
-                options = {**METHODS[name]}
-                if "recomputations" in options:
-                    options["recomputations"] = args.gradual_recomputations
-                pruning.prune_gradually(
-                    loss,
-                    variables.params,
-                    batches,
-                    pruning.polynomial_sparsities(0.5, final, args.gradual_steps),
-                    fine_tune,
-                    num_grads=args.num_grads[0],
-                    damping=args.damping,
-                    progress=False,
-                    **options,
-                )
-                return evaluate(current[0], data.test_images, data.test_labels)
-
-            key = (
-                f"gradual; {METHODS[name]}; {final}; {args.gradual_steps} x "
-                f"{args.fine_tuning_epochs}; {args.gradual_recomputations}; {args.damping}"
-            )
-            results.setdefault(name.split(",")[0], {})[str(final)] = cache.get(key, run)
+                run = functools.partial(prune_gradually, name, final, seed, args, data)
+                row = results.setdefault(name, {}).setdefault(str(final), [])
+                row.append(cache.get(key, run))
     return results
+
+
+def prune_gradually(
+    name: str, final: float, seed: int, args: argparse.Namespace, data: HashableDataset
+) -> dict[str, float]:
+    """One network, pruned from a half to ``final``; statistics are tuned on with the weights."""
+    current = trained(seed, data, args.epochs)
+
+    def fine_tune(params: PyTree, mask: PyTree) -> PyTree:
+        nonlocal current
+        current = sgd_steps(
+            current._replace(params=params),
+            data,
+            args.fine_tuning_epochs,
+            0.005,
+            seed=7,
+            mask=mask,
+            description=f"{name}, {final:.0%}, seed {seed}: fine-tuning",
+        )
+        return current.params
+
+    pruning.prune_gradually(
+        mean_loss,
+        current.params,
+        ((current.statistics, *batch) for batch in fisher_batches(data, seed)),
+        pruning.polynomial_sparsities(0.5, final, args.gradual_steps),
+        fine_tune,
+        progress=False,
+        **{"num_grads": args.num_grads[0], "damping": args.damping, **GRADUAL_METHODS[name]},
+    )
+    return evaluate(current, data.test_images, data.test_labels)
 
 
 def prediction(
@@ -354,7 +352,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--repeated",
         nargs="*",
-        default=["M-FAC joint, 16"],
+        default=["M-FAC joint, blocks 128, 16"],
         help="methods with sixteen recomputations for all seeds, not the first alone",
     )
     parser.add_argument("--num-grads", type=int, nargs="+", default=[64, 512])
@@ -363,7 +361,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--predicted-sparsities", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--gradual-sparsities", type=float, nargs="+", default=[0.95, 0.98])
     parser.add_argument("--gradual-steps", type=int, default=3)
-    parser.add_argument("--gradual-recomputations", type=int, default=4)
+    parser.add_argument("--gradual-seeds", type=int, help="by default those of the rest")
     parser.add_argument("--fine-tuning-epochs", type=float, default=0.25)
     parser.add_argument("--data-dir", type=Path, default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

@@ -20,8 +20,8 @@ def table(results: dict[str, Any]) -> str:
     if rows := parts.get("one-shot"):
         sparsities = sorted({s for row in rows.values() for s in row}, key=float)
         lines += [
-            "Test accuracy in % after one-shot pruning, mean ± deviation over seeds; the number "
-            "behind a method is that of recomputations.",
+            "Test accuracy in % after one-shot pruning, mean ± deviation over seeds, without ± of "
+            "one; the number behind a method is that of recomputations.",
             "",
             "| method | " + " | ".join(f"{float(s):.0%}" for s in sparsities) + " |",
             "| --- |" + " ---: |" * len(sparsities),
@@ -34,14 +34,15 @@ def table(results: dict[str, Any]) -> str:
         settings = results["settings"]
         lines += [
             "",
-            f"Test accuracy after gradual pruning from 50 % in {settings['gradual_steps']} steps "
-            f"with {settings['fine_tuning_epochs']:g} epochs of fine-tuning after each, one seed.",
+            "Test accuracy in % after gradual pruning from 50 % in "
+            f"{settings['gradual_steps']} steps with {settings['fine_tuning_epochs']:g} epochs of "
+            "fine-tuning after each.",
             "",
             "| method | " + " | ".join(f"{float(s):.0%}" for s in finals) + " |",
             "| --- |" + " ---: |" * len(finals),
         ]
         for name, row in rows.items():
-            cells = [f"{row[s]['accuracy']:.2%}" if s in row else "" for s in finals]
+            cells = [_cell(row.get(s)) for s in finals]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if rows := parts.get("prediction"):
         lines += [
