@@ -55,6 +55,7 @@ def plot_full(spectra: dict[int, Any], output: Path) -> None:
         row[1].plot(np.arange(1, len(pairs.values) + 1), pairs.values, "o", color="#0072b2")
         row[1].axvline(NUM_OUTLIERS + 0.5, color="0.5", linestyle=":")
         row[1].set(xlabel="number", yscale="log")
+        row[1].xaxis.get_major_locator().set_params(integer=True)
         title = "largest eigenvalues; classes less one dotted"
         row[1].set_title(title, loc="left", fontsize="medium")
     output.mkdir(parents=True, exist_ok=True)

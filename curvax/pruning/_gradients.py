@@ -49,7 +49,7 @@ def collect_gradients(
         the Hessian's scale.
       micro_batch_size: how many examples are differentiated together, to bound memory: the mean
         over a batch is summed up from such parts of it, and ``per_example`` differentiates so
-        many under ``vmap``, by default one after the other. A ``vmap`` takes about 0.6 of the time,
+        many under ``vmap``, by default one after the other. A ``vmap`` takes 0.6 to 0.8 of the time,
         convolutions on a CPU included, for the memory of so many gradients.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
