@@ -248,7 +248,7 @@ def mfac(
         memory, or ``"float64"``. The params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
         by blocks; what is left out is added to the next gradient. At 0.01 the window takes
-        1.5 % of its dense size, 1 % in bfloat16. None for dense rows.
+        1.5 % of a dense one in float32, 1 % with values of bfloat16. None for dense rows.
       max_update_norm: bound on the norm of $u_t$.
       weight_decay: the decoupled decay $\mu$, times the learning rate. In the published code
         the decay is part of the gradients in the window: for that, put

@@ -49,8 +49,8 @@ def collect_gradients(
         the Hessian's scale.
       micro_batch_size: how many examples are differentiated together, to bound memory: the mean
         over a batch is summed up from such parts of it, and ``per_example`` differentiates so
-        many under ``vmap``, by default one after the other. A ``vmap`` takes 0.6 to 0.8 of the time,
-        convolutions on a CPU included, for the memory of so many gradients.
+        many under ``vmap``, by default one after the other. A ``vmap`` takes 0.6 to 0.8 of the
+        time, convolutions on a CPU included, for the memory of so many gradients.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
         ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files.
