@@ -129,10 +129,17 @@ class FullInverse:
         return self._assemble((part.leaf, piece(part)) for part in self._parts())
 
     def element(self, i: int, j: int) -> jax.Array:
-        first, second = (
-            _apply(self._factor, self.columns.take(index, 1)[:, 0]) for index in (i, j)
-        )
-        return ((i == j) - jnp.sum(first * second)) / self._damping
+        first, second = (self.columns.take(index, 1)[:, 0] for index in (i, j))
+        return dual_element(self._factor, first, second, self._damping, on_diagonal=i == j)
+
+
+def dual_element(
+    factor: jax.Array, first: jax.Array, second: jax.Array, damping: float, *, on_diagonal: bool
+) -> jax.Array:
+    """An entry from two columns of the gradients, on the diagonal within its bounds."""
+    if on_diagonal:
+        return guarded_diagonal(factor, first[:, jnp.newaxis], damping, in_chunks=False)[0]
+    return -jnp.sum(_apply(factor, first) * _apply(factor, second)) / damping
 
 
 @partial(jax.jit, static_argnames="in_chunks")

@@ -193,75 +193,24 @@ def inverse_fisher(
     if isinstance(grads, Iterator):
         grads, later = _first_chunk(grads, block_size, scope)
     leaves = checked_leaves(grads)
-    working_dtype = _working_dtype(leaves, dtype)
+    wide = working_dtype(leaves, dtype)
     groups = [
         _Group(
             first,
             stop,
             _invert(
-                Columns(leaves[first:stop], working_dtype),
+                Columns(leaves[first:stop], wide),
                 damping,
                 block_size,
                 batch_bytes=batch_bytes,
                 mesh=mesh,
-                later=None if later is None else _checked_chunks(later, grads, working_dtype),
+                later=None if later is None else _checked_chunks(later, grads, wide),
             ),
         )
         for first, stop in spans(leaves, scope)
     ]
     example = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), grads)
     return InverseFisher(example, groups)
-
-
-def compensation(
-    grads: list[Any],
-    removed: list[jax.Array],
-    kept: list[jax.Array],
-    damping: float,
-    *,
-    block_size: int | None,
-    scope: str,
-    mesh: jax.sharding.Mesh | None,
-    batch_bytes: int = 2**28,
-) -> list[jax.Array]:
-    r"""The change of the kept entries that makes up best for the removal of the others.
-
-    Removing the entries $Q$ of $w$ changes $\frac12 \delta^T F \delta$ least if the kept ones, $S$,
-    move by
-
-    $$
-    \delta_S = F_{SS}^{-1} F_{SQ} w_Q = G_S^T \left(m \lambda I + G_S G_S^T\right)^{-1} G_Q w_Q
-    $$
-
-    which equals the published $-F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, and subtracts nothing.
-
-    Args:
-      grads: leaves of shape ``(m, *shape)``.
-      removed: $w$ where it is removed, zeros elsewhere.
-      kept: bools.
-      damping: as in `inverse_fisher`, with the options that follow.
-      block_size: see there.
-      scope: see there.
-      mesh: see there.
-      batch_bytes: see there.
-
-    Returns:
-      $\delta$ on the kept entries, zeros elsewhere.
-    """
-    dtype = _working_dtype(grads, None)
-    changes: list[jax.Array] = []
-    for first, stop in spans(grads, scope):
-        columns = Columns(grads[first:stop], dtype)
-        inverse = _invert(
-            columns,
-            damping,
-            block_size,
-            batch_bytes=batch_bytes,
-            mesh=mesh,
-            kept=kept[first:stop],
-        )
-        changes += inverse.compensate([leaf.astype(dtype) for leaf in removed[first:stop]])
-    return changes
 
 
 def spans(leaves: list[Any], scope: str) -> list[tuple[int, int]]:
@@ -280,18 +229,16 @@ def _invert(
     batch_bytes: int,
     mesh: jax.sharding.Mesh | None = None,
     later: Iterator[Columns] | None = None,
-    kept: list[jax.Array] | None = None,
 ) -> FullInverse | BlockInverse:
-    if block_size is None:
-        return FullInverse(columns, damping, batch_bytes=batch_bytes, kept=kept)
+    if block_size is None and columns.num_columns > columns.num_rows:
+        return FullInverse(columns, damping, batch_bytes=batch_bytes)
     return BlockInverse(
         columns,
         damping,
-        block_size,
+        block_size or columns.num_columns,
         batch_bytes=batch_bytes,
         mesh=mesh,
         later_chunks=later,
-        kept=kept,
     )
 
 
@@ -355,7 +302,8 @@ def _rows_not_finite(leaf: Any) -> list[int]:
     return [index for index, row in enumerate(leaf) if not np.isfinite(np.asarray(row)).all()]
 
 
-def _working_dtype(leaves: list[Any], dtype: Any | None) -> Any:
+def working_dtype(leaves: list[Any], dtype: Any | None) -> Any:
+    """The dtype of a computation: the one asked for, or the widest, float32 at least."""
     wanted = jnp.result_type(jnp.float32, *leaves) if dtype is None else jnp.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         if dtype is None:

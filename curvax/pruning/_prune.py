@@ -9,12 +9,12 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
 from curvax.fisher._static import checked_leaves
+from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._result import PruneResult, layer_sparsities
 from curvax.pruning._scores import (
     FisherOptions,
     fisher_scores,
-    greedy_scores,
     magnitude_scores,
     obs_scores,
 )

@@ -11,11 +11,10 @@ With the dropped weights $Q$ and $F^{-1}$ of all alive ones:
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from curvax.fisher import InverseFisher
-from curvax.fisher._static import compensation
+from curvax.fisher._compensation import compensation
 from curvax.fisher._window import wide_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._packing import Packing
@@ -48,8 +47,8 @@ def joint_update(
     removed = [np.where(gone, leaf.weights, 0) for leaf, gone in zip(leaves, dropped, strict=True)]
     changes = compensation(
         packing.pack(columns),
-        [jnp.asarray(leaf) for leaf in packing.pack(removed)],
-        [jnp.asarray(leaf) for leaf in packing.pack([~gone for gone in dropped])],
+        packing.pack(removed),
+        packing.pack([~gone for gone in dropped]),
         options.damping,
         block_size=options.block_size,
         scope=options.scope,

@@ -1,0 +1,164 @@
+r"""What kept entries take over from removed ones: a ridge regression in each block.
+
+Removing the entries $Q$ of $w$ changes $\frac12 \delta^T F \delta$ least if the kept ones, $S$,
+move by
+
+$$
+\delta_S = F_{SS}^{-1} F_{SQ} w_Q
+         = \left(m \lambda I + G_S^T G_S\right)^{-1} G_S^T t
+         = G_S^T \left(m \lambda I + G_S G_S^T\right)^{-1} t, \qquad t = G_Q w_Q
+$$
+
+which equals the published $-F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, and subtracts nothing. Of the two
+forms only one is well conditioned: the first where a block keeps no more entries than there are
+gradients, the second where it keeps more. The other one has eigenvalues $m \lambda$ that amplify
+rounding by the condition of $F$.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.fisher._block_inverse import shifted, squares_of_blocks
+from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher._column_blocks import ColumnBlocks
+from curvax.fisher._columns import Columns
+from curvax.fisher._full_inverse import FullInverse
+from curvax.fisher._inverse_factor import gram, inverse_factor
+from curvax.fisher._static import spans, working_dtype
+
+
+def compensation(
+    grads: list[Any],
+    removed: list[np.ndarray],
+    kept: list[np.ndarray],
+    damping: float,
+    *,
+    block_size: int | None,
+    scope: str,
+    mesh: jax.sharding.Mesh | None,
+    batch_bytes: int = 2**28,
+) -> list[jax.Array]:
+    r"""The change of the kept entries that makes up best for the removal of the others.
+
+    Args:
+      grads: leaves of shape ``(m, *shape)``.
+      removed: $w$ where it is removed, zeros elsewhere.
+      kept: bools.
+      damping: as in `inverse_fisher`, with the options that follow.
+      block_size: see there.
+      scope: see there.
+      mesh: see there.
+      batch_bytes: see there.
+
+    Returns:
+      $\delta$ on the kept entries, zeros elsewhere.
+    """
+    dtype = working_dtype(grads, None)
+    changes: list[jax.Array] = []
+    for first, stop in spans(grads, scope):
+        columns = Columns(grads[first:stop], dtype)
+        vector = [jnp.asarray(leaf, dtype) for leaf in removed[first:stop]]
+        mask = [jnp.asarray(leaf, dtype) for leaf in kept[first:stop]]
+        number_kept = sum(int(np.count_nonzero(leaf)) for leaf in kept[first:stop])
+        if block_size is None and number_kept > columns.num_rows:
+            inverse = FullInverse(columns, damping, batch_bytes=batch_bytes, kept=mask)
+            changes += inverse.compensate(vector)
+        else:
+            size = min(block_size or columns.num_columns, columns.num_columns)
+            changes += _in_blocks(columns, vector, mask, damping, size, mesh, batch_bytes)
+    return changes
+
+
+def _in_blocks(
+    columns: Columns,
+    removed: list[jax.Array],
+    kept: list[jax.Array],
+    damping: float,
+    size: int,
+    mesh: jax.sharding.Mesh | None,
+    batch_bytes: int,
+) -> list[jax.Array]:
+    num_rows = columns.num_rows
+    primal = size <= num_rows
+    side = min(size, num_rows)
+    blocks = ColumnBlocks(columns, size, side=side, batch_bytes=batch_bytes, mesh=mesh)
+    kernel = blocks.over_devices(_primal if primal else _dual)
+    pieces = []
+    for rows, vector, mask in zip(
+        blocks.all_rows(), blocks.vectors(removed), blocks.vectors(kept), strict=True
+    ):
+        piece = kernel(rows, vector, mask, num_rows * damping)
+        if not primal:
+            piece = _few_in_primal_form(piece, rows, vector, mask, num_rows * damping)
+        pieces.append(piece)
+    return blocks.leaves(pieces)
+
+
+def _few_in_primal_form(
+    changes: jax.Array, rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: float
+) -> jax.Array:
+    """The changes, those of blocks that keep no more entries than there are gradients anew."""
+    width = rows.shape[1]
+    kept = np.asarray(mask) > 0
+    counts = kept.sum(axis=1)
+    few = np.flatnonzero((counts > 0) & (counts <= width))
+    if not len(few):
+        return changes
+    # A power of two of blocks, the first of them several times, so that few shapes are compiled.
+    few = np.pad(few, (0, (1 << (len(few) - 1).bit_length()) - len(few)), constant_values=few[0])
+    outside = kept.shape[1]
+    places = np.full((len(few), width), outside)
+    for place, block in zip(places, few, strict=True):
+        place[: counts[block]] = np.flatnonzero(kept[block])
+    return _few(changes, rows, vector, few, places, shift)
+
+
+@jax.jit
+def _few(
+    changes: jax.Array,
+    rows: jax.Array,
+    vector: jax.Array,
+    few: jax.Array,
+    places: jax.Array,
+    shift: Any,
+) -> jax.Array:
+    """``places``: the kept columns of each of the ``few`` blocks, past the last to fill up."""
+    chosen = rows[few]
+    kept = jnp.take_along_axis(chosen, places[:, jnp.newaxis], axis=2, mode="fill", fill_value=0)
+    changed = _ridge(kept, _target(chosen, vector[few]), shift)
+    numbers = jnp.arange(len(few))[:, jnp.newaxis]
+    spread = jnp.zeros((len(few), rows.shape[2]), rows.dtype)
+    spread = spread.at[numbers, places].set(changed, mode="drop")
+    return changes.at[few].set(spread)
+
+
+def _target(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    return jnp.einsum("nmb,nb->nm", rows, vector, precision=HIGHEST)
+
+
+def _ridge(kept: jax.Array, target: jax.Array, shift: Any) -> jax.Array:
+    factor, _ = inverse_factor(shifted(squares_of_blocks(kept), shift))
+    right = jnp.einsum("nmb,nm->nb", kept, target, precision=HIGHEST)
+    return _apply_inverse(factor, right)
+
+
+def _apply_inverse(factor: jax.Array, vector: jax.Array) -> jax.Array:
+    projected = jnp.einsum("nij,nj->ni", factor, vector, precision=HIGHEST)
+    return jnp.einsum("nij,ni->nj", factor, projected, precision=HIGHEST)
+
+
+@jax.jit
+def _primal(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> jax.Array:
+    return _ridge(rows * mask[:, jnp.newaxis], _target(rows, vector), shift)
+
+
+@jax.jit
+def _dual(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> jax.Array:
+    kept = rows * mask[:, jnp.newaxis]
+    squares = jax.lax.map(lambda block: gram(block, in_chunks=True), kept)
+    factor, _ = inverse_factor(shifted(squares, shift))
+    weights = _apply_inverse(factor, _target(rows, vector))
+    return jnp.einsum("nmb,nm->nb", kept, weights, precision=HIGHEST)

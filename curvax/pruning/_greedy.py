@@ -1,0 +1,106 @@
+r"""Scores of a greedy removal: one weight at a time in each block, with updated saliencies.
+
+After the removal of $p$ the inverse is that of the rest,
+$F^{-1} - F^{-1} e_p e_p^T F^{-1} / [F^{-1}]_{pp}$, and the weights have moved by
+$-F^{-1} e_p w_p / [F^{-1}]_{pp}$. With fewer gradients than weights the first inverse has entries
+of the order of $1 / \lambda$, the last ones of $1 / F_{ii}$: what such differences lose, a few
+fresh inverses and weights, made from the gradients, bring back.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.fisher._block_inverse import shifted, squares_of_blocks
+from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher._column_blocks import ColumnBlocks
+from curvax.fisher._columns import Columns
+from curvax.fisher._inverse_factor import inverse_factor
+from curvax.fisher._static import spans, working_dtype
+from curvax.pruning._leaves import Leaf
+from curvax.pruning._scores import FisherOptions
+
+_NUM_INVERSES = 16
+_BATCH_BYTES = 2**28
+
+
+def greedy_scores(
+    leaves: Sequence[Leaf], columns: Sequence[Any], options: FisherOptions
+) -> list[np.ndarray]:
+    r"""Scores whose order in each block is that of a removal one at a time.
+
+    A weight's score is the largest saliency up to its turn, and a rounding unit more than that of
+    the one before, so that a threshold on scores takes the first ones of each block.
+    """
+    packing = options.packing(leaves)
+    all_weights = packing.pack([leaf.weights for leaf in leaves])
+    all_columns = packing.pack(columns)
+    dtype = working_dtype(all_columns, None)
+    scores: list[np.ndarray] = []
+    for first, stop in spans(all_columns, options.scope):
+        part = Columns(all_columns[first:stop], dtype)
+        size = min(options.block_size or part.num_columns, part.num_columns)
+        blocks = ColumnBlocks(part, size, side=size, batch_bytes=_BATCH_BYTES, mesh=options.mesh)
+        kernel = blocks.over_devices(partial(_greedy, damping=options.damping))
+        weights = blocks.vectors([jnp.asarray(leaf) for leaf in all_weights[first:stop]])
+        pieces = [kernel(*pair) for pair in zip(blocks.all_rows(), weights, strict=True)]
+        scores += [np.asarray(leaf) for leaf in blocks.leaves(pieces)]
+    return packing.unpack(scores)
+
+
+@jax.jit
+def _greedy(rows: jax.Array, weights: jax.Array, damping: Any) -> jax.Array:
+    """Scores of each block: ``rows`` (n, m, B), ``weights`` (n, B)."""
+    num_rows, size = rows.shape[1:]
+    squares = squares_of_blocks(rows)
+    smallest = 1 / (damping + jnp.diagonal(squares, axis1=1, axis2=2) / num_rows)
+    number_at_once = -(-size // _NUM_INVERSES)
+
+    def some(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        alive, scores, highest = carry
+        inverse, moved = _of_alive(rows, squares, weights, alive, num_rows * damping)
+        carry = (moved, num_rows * inverse, alive, scores, highest)
+        remove_one = partial(_remove_one, smallest)
+        return jax.lax.fori_loop(0, number_at_once, remove_one, carry)[2:]
+
+    start = (jnp.ones(weights.shape, bool), jnp.zeros_like(weights), jnp.zeros_like(weights[:, 0]))
+    return jax.lax.fori_loop(0, _NUM_INVERSES, some, start)[1]
+
+
+def _of_alive(
+    rows: jax.Array, squares: jax.Array, weights: jax.Array, alive: jax.Array, shift: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse over the alive weights, and these after the removal of the others."""
+    both = alive[:, :, jnp.newaxis] & alive[:, jnp.newaxis]
+    factor, _ = inverse_factor(shifted(jnp.where(both, squares, 0), shift))
+    inverse = jnp.einsum("nki,nkj->nij", factor, factor, precision=HIGHEST)
+    target = jnp.einsum("nmb,nb->nm", rows, jnp.where(alive, 0, weights), precision=HIGHEST)
+    right = jnp.where(alive, jnp.einsum("nmb,nm->nb", rows, target, precision=HIGHEST), 0)
+    change = jnp.einsum("nij,nj->ni", inverse, right, precision=HIGHEST)
+    return inverse, jnp.where(alive, weights + change, 0)
+
+
+def _remove_one(smallest: jax.Array, _: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    weights, inverse, alive, scores, highest = carry
+    blocks = jnp.arange(len(weights))
+    # The bound 1 / F_ii holds for what is left, too, whatever the rounding.
+    diagonal = jnp.maximum(jnp.diagonal(inverse, axis1=1, axis2=2), smallest)
+    saliency = jnp.where(alive, weights**2 / (2 * diagonal), jnp.inf)
+    chosen = jnp.argmin(saliency, axis=1)
+    any_alive = alive[blocks, chosen]  # of a block that is used up, the first again
+    highest = jnp.where(
+        any_alive,
+        jnp.maximum(jnp.nextafter(highest, jnp.inf), saliency[blocks, chosen]),
+        highest,
+    )
+    scores = scores.at[blocks, chosen].set(jnp.where(any_alive, highest, scores[blocks, chosen]))
+    alive = alive.at[blocks, chosen].set(False)
+    column = inverse[blocks, :, chosen]
+    pivot = diagonal[blocks, chosen][:, jnp.newaxis]
+    weights = weights - column * (weights[blocks, chosen][:, jnp.newaxis] / pivot)
+    inverse = inverse - column[:, :, jnp.newaxis] * (column / pivot)[:, jnp.newaxis, :]
+    return weights, inverse, alive, scores, highest

@@ -1,0 +1,95 @@
+"""Float32 prunes as float64 does where gradients are fewer than the weights of a block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import curvax
+from curvax import pruning
+
+DAMPING = 1e-5
+
+
+def problem(seed, num_grads, num_inputs, num_outputs, scale=1.0):
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(num_inputs, num_outputs))
+    spread = np.exp(rng.normal(size=(1, num_inputs, num_outputs)))
+    rows = scale * rng.normal(size=(num_grads, num_inputs, num_outputs)) * spread
+    return weights, rows
+
+
+def fisher_blocks(rows, size):
+    flat = rows.reshape(len(rows), -1).astype(np.float64)
+    for start in range(0, flat.shape[1], size):
+        part = flat[:, start : start + size]
+        yield (
+            slice(start, start + size),
+            DAMPING * np.eye(part.shape[1]) + part.T @ part / len(rows),
+        )
+
+
+def cost(weights, pruned, rows, size):
+    change = (np.asarray(pruned, np.float64) - weights).ravel()
+    return sum(change[p] @ matrix @ change[p] / 2 for p, matrix in fisher_blocks(rows, size))
+
+
+def least_cost(weights, mask, rows, size):
+    """Of all weights that are zero outside of the mask."""
+    best = np.zeros(weights.size)
+    for part, matrix in fisher_blocks(rows, size):
+        kept = np.asarray(mask).ravel()[part]
+        moved = np.linalg.solve(
+            matrix[np.ix_(kept, kept)], matrix[np.ix_(kept, ~kept)] @ weights.ravel()[part][~kept]
+        )
+        best[part][kept] = weights.ravel()[part][kept] + moved
+    return cost(weights, best.reshape(weights.shape), rows, size)
+
+
+def pruned(weights, rows, sparsity, **options):
+    params, grads = {"kernel": jnp.asarray(weights)}, {"kernel": jnp.asarray(rows)}
+    result = pruning.prune(params, grads, sparsity, damping=DAMPING, **options)
+    return result.params["kernel"], result.mask["kernel"]
+
+
+@pytest.mark.parametrize("block_size", [32, None])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_joint_update_is_the_best_for_its_mask(seed, sparsity, block_size):
+    weights, rows = problem(seed, num_grads=16, num_inputs=32, num_outputs=3)
+    weights, rows = weights.astype(np.float32), rows.astype(np.float32)
+    params, mask = pruned(weights, rows, sparsity, block_size=block_size)
+    size = block_size or weights.size
+    best = least_cost(weights, mask, rows, size)
+    assert cost(weights, params, rows, size) <= 1.01 * best + 1e-3
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_greedy_chooses_as_well_as_in_float64(seed, sparsity):
+    weights, rows = problem(seed, num_grads=16, num_inputs=32, num_outputs=3)
+    weights, rows = weights.astype(np.float32), rows.astype(np.float32)
+    options = {"method": "greedy", "block_size": 32}
+    params, _ = pruned(weights, rows, sparsity, **options)
+    with jax.enable_x64():
+        wide, _ = pruned(weights.astype(np.float64), rows.astype(np.float64), sparsity, **options)
+    assert cost(weights, params, rows, 32) <= 1.1 * cost(weights, wide, rows, 32) + 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("scope", ["tree", "leaf"])
+def test_the_full_inverse_of_no_more_weights_than_gradients_is_exact(scale, scope):
+    _, rows = problem(0, num_grads=64, num_inputs=8, num_outputs=1, scale=scale)
+    flat = rows[..., 0]
+    exact = np.linalg.inv(DAMPING * np.eye(8) + flat.T @ flat / 64)
+    inverse = curvax.inverse_fisher(jnp.asarray(flat, jnp.float32), DAMPING, scope=scope)
+    vector = np.arange(1.0, 9)
+    np.testing.assert_allclose(inverse.solve(jnp.asarray(vector)), exact @ vector, rtol=1e-3)
+    np.testing.assert_allclose(inverse.diagonal(), np.diag(exact), rtol=1e-3)
+    np.testing.assert_allclose(inverse.element(0, 0), exact[0, 0], rtol=1e-3)
+
+
+def test_a_diagonal_entry_is_positive_whatever_the_rounding():
+    inverse = curvax.inverse_fisher(jnp.array([[300.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 1e-5)
+    np.testing.assert_allclose(inverse.element(0, 0), inverse.diagonal()[0])
+    assert inverse.element(0, 0) > 0
