@@ -179,7 +179,8 @@ def inverse_fisher(
       Frantar et al., [M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information](https://arxiv.org/abs/2107.03356), 2021, Section 3.
     """
-    check_range("damping", damping, low=0.0, open_low=True)
+    check_range("damping", damping, low=0.0, open_low=True, open_high=True)
+    damping = float(damping)
     check_choice("scope", scope, SCOPES)
     check_count("batch_bytes", batch_bytes)
     if block_size is not None:
@@ -305,6 +306,7 @@ def _rows_not_finite(leaf: Any) -> list[int]:
 def working_dtype(leaves: list[Any], dtype: Any | None) -> Any:
     """The dtype of a computation: the one asked for, or the widest, float32 at least."""
     wanted = jnp.result_type(jnp.float32, *leaves) if dtype is None else jnp.dtype(dtype)
+    check_choice("dtype", wanted.name, ("float32", "float64"))
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         if dtype is None:
             return jnp.dtype(jnp.float32)

@@ -20,25 +20,25 @@ def is_hole(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def leaves_of_updates(hessian_diag: PyTree, updates: PyTree) -> PyTree:
-    """The part of ``hessian_diag`` that belongs to ``updates``.
+def leaves_of_updates(tree: PyTree, updates: PyTree, *, name: str = "hessian_diag") -> PyTree:
+    """The part of ``tree``, named ``name``, that belongs to ``updates``.
 
     Under ``optax.masked`` and ``optax.partition`` the updates have holes, while an extra
     argument arrives whole: its leaves at the holes are left out. Anything else that differs
     is an error.
     """
-    given = dict(jax.tree_util.tree_leaves_with_path(hessian_diag))
+    given = dict(jax.tree_util.tree_leaves_with_path(tree))
     given = {_names(path): leaf for path, leaf in given.items()}
     entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_hole)
     holes = [_names(path) for path, node in entries if is_hole(node)]
     leaves = [
-        node if is_hole(node) else _matching(given.pop(_names(path), None), path, node)
+        node if is_hole(node) else _matching(given.pop(_names(path), None), path, node, name)
         for path, node in entries
     ]
     for names in given:
         if not any(names[: len(hole)] == hole for hole in holes):
             raise ValueError(
-                f"hessian_diag must match the gradients: it has a leaf at {'/'.join(names)}, "
+                f"{name} must match the gradients: it has a leaf at {'/'.join(names)}, "
                 "where the gradients have none."
             )
     return jax.tree.unflatten(treedef, leaves)
@@ -48,11 +48,11 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(path_name((key,)) for key in path)
 
 
-def _matching(leaf: Any, path: tuple[Any, ...], update: jax.Array) -> Any:
+def _matching(leaf: Any, path: tuple[Any, ...], update: jax.Array, name: str) -> Any:
     found = "no leaf" if leaf is None else f"a leaf of shape {jnp.shape(leaf)}"
     if leaf is None or jnp.shape(leaf) != jnp.shape(update):
         raise ValueError(
-            f"hessian_diag must match the gradients: at {path_name(path)} it has {found}, the "
+            f"{name} must match the gradients: at {path_name(path)} it has {found}, the "
             f"gradient has shape {jnp.shape(update)}."
         )
     return leaf

@@ -53,7 +53,9 @@ def collect_gradients(
         time, convolutions on a CPU included, for the memory of so many gradients.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
-        ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files.
+        ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files,
+        one for each leaf. Earlier files of the same names are replaced; rows that are still mapped
+        from them stay as they are.
       progress: whether a progress bar is shown, by tqdm where that is installed.
 
     Returns:
@@ -77,6 +79,8 @@ def collect_gradients(
     if micro_batch_size is not None:
         check_count("micro_batch_size", micro_batch_size)
     check_mask(mask, params)
+    if mask is not None:
+        mask = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
     gradients = (_examples if per_example else _means)(loss_fn, params, batches, micro_batch_size)
     rows, insert = _storage(params, num_grads, storage)
     number = 0
@@ -205,8 +209,7 @@ def _storage(
 ) -> tuple[PyTree, Callable[[PyTree, PyTree, int], PyTree]]:
     """Empty rows, and a function that fills one."""
     if storage == "device":
-        rows = jax.tree.map(lambda x: stacked_zeros(x, num_grads, wide_dtype(x)), params)
-        return rows, _insert_on_device
+        return jax.tree.map(lambda leaf: _rows_of_zeros(leaf, num_grads), params), _insert_on_device
     if storage == "host":
         return _arrays(params, num_grads, lambda _, shape, dtype: np.empty(shape, dtype)), _fill
     if not isinstance(storage, Path):
@@ -214,12 +217,22 @@ def _storage(
             f"storage must be 'device', 'host' or a pathlib.Path of a folder, got {storage!r}."
         )
     storage.mkdir(parents=True, exist_ok=True)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = {path: path.replace("/", ".") for path in paths}
+    if len(set(names.values())) < len(paths):
+        names = {path: f"{number}.{names[path]}" for number, path in enumerate(paths)}
 
-    def mapped(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        path = storage / f"{name.replace('/', '.')}.npy"
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    def mapped(path: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        file = storage / f"{names[path]}.npy"
+        file.unlink(missing_ok=True)  # a map of the earlier file keeps its own
+        return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
 
     return _arrays(params, num_grads, mapped), _fill
+
+
+def _rows_of_zeros(leaf: Any, number: int) -> jax.Array:
+    dtype = jax.dtypes.canonicalize_dtype(wide_dtype(leaf))
+    return stacked_zeros(leaf, number, dtype) if leaf.size else jnp.zeros((number, *leaf.shape))
 
 
 def _arrays(

@@ -1,5 +1,6 @@
 """Keeps pruned weights at zero in any chain of Optax transformations."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree)
     """Curvature as a network without the pruned weights has it."""
     masked = dict(extra_args)
     if masked.get("hessian_diag") is not None:
-        diag = leaves_of_updates(masked["hessian_diag"], updates)
+        diag = leaves_of_updates(masked["hessian_diag"], updates, name="hessian_diag")
         masked["hessian_diag"] = _where_kept(kept, diag)
     for name in ("obj_fn", "value_fn"):
         if masked.get(name) is not None:
@@ -109,10 +110,16 @@ def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree)
 
 
 def _of_kept(fun: Any, kept: PyTree) -> Any:
-    return lambda params: fun(_where_kept(kept, params))
+    @functools.wraps(fun)  # Optax's line searches read the names of further arguments
+    def of_kept(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        return fun(_where_kept(kept, params), *args, **kwargs)
+
+    return of_kept
 
 
 def _present(mask: PyTree, params: PyTree) -> PyTree:
     """The mask with the holes that ``optax.masked`` has left in the params."""
-    holes = any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole)))
-    return leaves_of_updates(mask, params) if holes else mask
+    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        return leaves_of_updates(mask, params, name="mask")
+    check_mask(mask, params)
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))

@@ -68,6 +68,8 @@ def selected_leaves(params: PyTree, mask: PyTree | None, predicate: Predicate) -
         weights = _wide(leaf).reshape(-1)
         alive = np.arange(leaf.size) if kept is None else np.flatnonzero(np.asarray(kept))
         leaves.append(Leaf(index, name, leaf.shape, alive, weights[alive]))
+    if leaves and not any(len(leaf.alive) for leaf in leaves):
+        raise ValueError("mask has pruned all weights of the selected leaves: none is left.")
     if not leaves:
         names = ", ".join(path_name(path) for path, _ in entries) or "none"
         raise ValueError(f"predicate selects no leaf of params; their paths are: {names}.")
@@ -80,9 +82,10 @@ def check_mask(mask: PyTree | None, params: PyTree) -> None:
         return
     check_like("mask", mask, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
-        if leaf.dtype != bool:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.bool_):
             raise ValueError(
-                f"mask must be of bool, True for weights that are kept, got {leaf.dtype} at "
+                f"mask must be of bool, True for weights that are kept, got {dtype} at "
                 f"{path_name(path)}."
             )
 
@@ -90,6 +93,11 @@ def check_mask(mask: PyTree | None, params: PyTree) -> None:
 def alive_columns(grads: PyTree, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:
     """Of each selected leaf's gradients ``(m, *shape)`` the alive columns: shape (m, n)."""
     entries = jax.tree.leaves(grads)
+    if not all(jnp.shape(rows)[:1] > (0,) for rows in entries):
+        raise ValueError(
+            "grads must hold at least one gradient along the first axis of each leaf, got shapes "
+            f"{[jnp.shape(rows) for rows in entries]}."
+        )
     shapes = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), grads)
     check_like("a gradient", shapes, params)
     return [_columns(entries[leaf.number], leaf) for leaf in leaves]

@@ -1,17 +1,17 @@
 """Pruning in several steps with gradients gathered anew, and gradually with fine-tuning."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from curvax._checks import check_count, check_range, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
-from curvax.pruning._prune import explicit_target, prune
+from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_drop, pools
 
@@ -131,6 +131,7 @@ def prune_one_shot(
     """
     check_count("recomputations", recomputations)
     check_count("num_grads", num_grads)
+    check_options(method=method, **options)
     target = explicit_target(sparsity, options.get("structure"))
     steps = 1 if method == "magnitude" else recomputations
     predicted: float | None = None
@@ -216,24 +217,25 @@ def _steps(
 ) -> list[Sparsity]:
     """The sparsities of each step, from the present ones on."""
     leaves = selected_leaves(params, mask, options.get("predicate", is_kernel))
-    paths = []
-    for pool in pools(leaves, target, "global"):
+    scope = options.get("scope", "global")
+    names, paths = [], []
+    for pool in pools(leaves, target, scope):
         members = [leaves[number] for number in pool.leaves]
         number_to_drop(members, pool.sparsity)  # raises where it is below the present one
-        initial = min(_present(members, options.get("scope", "global")), pool.sparsity)
+        initial = min(_present(members), pool.sparsity)
+        names.append(f"^{re.escape(members[0].path)}$")
         paths.append(geometric_sparsities(initial, pool.sparsity, num_steps))
-    if isinstance(target, Mapping):
-        return [dict(zip(target, step, strict=True)) for step in zip(*paths, strict=True)]
-    return list(paths[0])
+    if scope == "global" and not isinstance(target, Mapping):
+        return list(paths[0])
+    # Of each layer its own path, as a mapping of its name.
+    keys = list(target) if scope == "global" and isinstance(target, Mapping) else names
+    return [dict(zip(keys, step, strict=True)) for step in zip(*paths, strict=True)]
 
 
-def _present(leaves: Sequence[Leaf], scope: str) -> float:
-    """The sparsity to start from: of all, or, where each leaf has its own, the highest."""
-    sizes = np.array([math.prod(leaf.shape) for leaf in leaves])
-    alive = np.array([len(leaf.alive) for leaf in leaves])
-    if scope == "layer":
-        return float(np.max(1 - alive / sizes))
-    return float(1 - alive.sum() / sizes.sum())
+def _present(leaves: Sequence[Leaf]) -> float:
+    """The sparsity to start from."""
+    alive = sum(len(leaf.alive) for leaf in leaves)
+    return 1 - alive / sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _check_path(initial: float, final: float, num_steps: int) -> None:

@@ -32,7 +32,8 @@ class Packing(NamedTuple):
         """Leaves of shape (..., size) as one of shape (..., width)."""
         if self.width is None:
             return list(leaves)
-        joined = np.concatenate([np.asarray(leaf) for leaf in leaves], axis=-1)
+        dtype = jnp.result_type(*leaves)  # float16 and bfloat16 make float32
+        joined = np.concatenate([np.asarray(leaf, dtype) for leaf in leaves], axis=-1)
         margin = [(0, 0)] * (joined.ndim - 1) + [(0, self.width - joined.shape[-1])]
         filled = np.pad(joined, margin)
         on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)

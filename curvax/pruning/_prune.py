@@ -75,7 +75,9 @@ def prune(
         returns; None for ``method="magnitude"``.
       sparsity: the share of the weights of the selected leaves that are zero afterwards, in
         [0, 1), those that ``mask`` has pruned already among them; a mapping of patterns
-        (``re.search`` on paths) to sparsities; or None for all that N:M allows.
+        (``re.search`` on paths) to sparsities, where leaves that none fits are not pruned, though
+        an update may move them; or None, like the $1 - n/m$ of N:M, to bring every group down to
+        N of M, whatever sparsity that makes.
       method: the scores, see above.
       update: the update of the kept weights, see above.
       mask: the weights that are alive, a tree of bool like ``params``; None for all.
@@ -111,9 +113,15 @@ def prune(
       Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon, 1992.
       Frantar et al., [M-FAC](https://arxiv.org/abs/2107.03356), 2021, Section 3.
     """
-    _check_options(method, update, scope, structure, block_size)
-    check_range("damping", damping, low=0.0, open_low=True)
-    check_choice("block_scope", block_scope, BLOCK_SCOPES)
+    check_options(
+        method=method,
+        update=update,
+        scope=scope,
+        structure=structure,
+        damping=damping,
+        block_size=block_size,
+        block_scope=block_scope,
+    )
     target = explicit_target(sparsity, structure)
     leaves = selected_leaves(params, mask, predicate)
     columns = None
@@ -169,18 +177,27 @@ def _dropped_and_changes(
     return dropped, [np.where(gone, -leaf.weights, change) for leaf, gone, change in triples]
 
 
-def _check_options(
-    method: str,
-    update: str | None,
-    scope: str,
-    structure: Structure | None,
-    block_size: int | None,
+def check_options(
+    *,
+    method: str = "obs",
+    update: str | None = None,
+    scope: str = "global",
+    structure: Structure | None = None,
+    damping: float = 1e-5,
+    block_size: int | None = None,
+    block_scope: str = "tree",
+    predicate: Predicate | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> None:
+    """Raises unless the options of `prune`, each by itself, are what they can be."""
+    del predicate, mesh
     check_choice("method", method, METHODS)
     if update is not None:
         check_choice("update", update, UPDATES)
     check_choice("scope", scope, SCOPES)
     check_structure(structure)
+    check_range("damping", damping, low=0.0, open_low=True, open_high=True)
+    check_choice("block_scope", block_scope, BLOCK_SCOPES)
     if block_size is not None:
         check_count("block_size", block_size)
     if method == "greedy" and (block_size is None or structure is not None):

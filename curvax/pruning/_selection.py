@@ -27,6 +27,8 @@ def check_sparsity(sparsity: Any) -> None:
     if not values:
         raise ValueError("sparsity must name at least one pattern, got an empty mapping.")
     for pattern, value in values:
+        if not isinstance(pattern, str):
+            raise ValueError(f"sparsity's keys are patterns of paths, got {pattern!r}.")
         name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
         check_range(name, value, low=0.0, high=1.0, open_high=True)
 
@@ -35,7 +37,7 @@ def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: str) -> list[Pool]:
     """One pool for each sparsity, or for each leaf.
 
     A mapping names sparsities by patterns of ``re.search`` on the paths; the first that fits
-    counts, and leaves that none fits are left alone.
+    counts, and leaves that none fits are not pruned.
     """
     targets = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
     members: dict[str, list[int]] = {pattern: [] for pattern in targets}
@@ -46,7 +48,10 @@ def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: str) -> list[Pool]:
     for pattern, numbers in members.items():
         if not numbers:
             paths = ", ".join(leaf.path for leaf in leaves)
-            raise ValueError(f"sparsity[{pattern!r}] fits no selected leaf; they are: {paths}.")
+            raise ValueError(
+                f"sparsity[{pattern!r}] fits no selected leaf that an earlier pattern has left; "
+                f"they are: {paths}."
+            )
     if scope == "global":
         return [Pool(numbers, targets[pattern]) for pattern, numbers in members.items()]
     return [Pool([n], targets[pattern]) for pattern, numbers in members.items() for n in numbers]

@@ -59,6 +59,8 @@ def unit_numbers(leaf: Leaf, structure: Structure | None) -> np.ndarray:
     if structure is None:
         return np.arange(len(leaf.alive))
     if isinstance(structure, OutputUnits):
+        if not leaf.shape:
+            raise ValueError(f"{structure} needs an axis of outputs, got a scalar at {leaf.path}.")
         return leaf.alive % leaf.shape[-1]
     length = structure.m if isinstance(structure, NM) else structure.size
     if len(leaf.shape) < 2 or (len(leaf.shape) == 3 and "conv" not in leaf.path.lower()):

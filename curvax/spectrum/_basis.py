@@ -70,6 +70,8 @@ def _put(window: DenseWindow, vector: PyTree, length: jax.Array, slot: jax.Array
 @jax.jit
 def _combined(window: DenseWindow, weights: jax.Array, like: PyTree) -> PyTree:
     def leaf(rows: jax.Array, one: jax.Array) -> jax.Array:
+        if not len(rows):  # a leaf without entries
+            return jnp.zeros((weights.shape[1], *one.shape), one.dtype)
         columns = weights.astype(rows.dtype)
         combined = jax.lax.dot_general(columns, rows, (((0,), (0,)), ((), ())), precision=HIGHEST)
         return combined.astype(one.dtype)
@@ -80,6 +82,8 @@ def _combined(window: DenseWindow, weights: jax.Array, like: PyTree) -> PyTree:
 @functools.partial(jax.jit, donate_argnums=0)
 def _replaced(window: DenseWindow, vectors: PyTree) -> DenseWindow:
     def leaf(rows: jax.Array, new: jax.Array) -> jax.Array:
+        if not len(rows):
+            return rows
         rows = jnp.zeros_like(rows)
         return jax.lax.dynamic_update_slice_in_dim(rows, new.astype(rows.dtype), 0, axis=0)
 

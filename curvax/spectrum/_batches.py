@@ -159,11 +159,14 @@ def _selection(params: PyTree, select: Select | None) -> tuple[tuple[int, ...], 
     entries = jax.tree_util.tree_leaves_with_path(params)
     if select is None:
         return tuple(range(len(entries))), params
-    chosen = {
-        path_name(path): number
-        for number, (path, leaf) in enumerate(entries)
-        if select(path_name(path), leaf)
-    }
+    selected = [(path_name(path), leaf) for path, leaf in entries]
+    numbers = [number for number, entry in enumerate(selected) if select(*entry)]
+    chosen = {selected[number][0]: number for number in numbers}
+    if len(chosen) < len(numbers):
+        raise ValueError(
+            "select needs leaves of different paths, got some of the same: "
+            f"{', '.join(selected[number][0] for number in numbers)}."
+        )
     if not chosen:
         names = ", ".join(path_name(path) for path, _ in entries) or "none"
         raise ValueError(f"select selects no leaf of params; their paths are: {names}.")

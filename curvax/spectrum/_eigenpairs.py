@@ -14,6 +14,7 @@ from curvax.spectrum._operator import Operator
 PyTree = Any
 
 _CHUNK = 5
+_ROUNDING_OF_PRODUCTS = 10.0
 ENDS = ("largest", "smallest", "both", "magnitude")
 
 
@@ -107,7 +108,7 @@ def top_eigenpairs(
         settled = converged.all() and not search.hides(values, k, which)
         if settled or search.is_complete() or search.num_products >= max_products:
             vectors = search.combined(weights[:, chosen])
-            bounds = np.maximum(residuals[chosen], breakdown(operator, scale))
+            bounds = np.maximum(residuals[chosen], search.unseen(scale))
             return Eigenpairs(values[chosen], vectors, bounds, converged, search.num_products)
         if search.number < capacity:
             continue
@@ -127,6 +128,7 @@ class _Search:
         self._matrix = np.zeros((capacity, capacity))
         self._residual = np.inf  # the length of what is left after the last product
         self._next: PyTree = None
+        self._dropped = 0.0  # the longest remainder that was taken for rounding
         self._is_fresh = False  # whether the next direction is a new random one
 
     def begin(self, start: PyTree | None) -> None:
@@ -157,7 +159,8 @@ class _Search:
             self._matrix[: slot + 1, slot] = coefficients[: slot + 1]
             self._matrix[slot, : slot + 1] = coefficients[: slot + 1]
             scale = float(np.abs(self._matrix).max())
-            if length > breakdown(self._operator, scale):
+            # What a product's own rounding leaves, too, of a space that is exhausted.
+            if length > _ROUNDING_OF_PRODUCTS * breakdown(self._operator, scale):
                 self._residual, self._is_fresh = length, False
                 self._next = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
             elif self.is_complete():
@@ -165,6 +168,7 @@ class _Search:
             else:
                 # An invariant subspace: what lies outside is not known, unless a random direction
                 # there is an eigenvector at once, which makes all of the outside one eigenspace.
+                self._dropped = max(self._dropped, length)
                 self._residual = 0.0 if self._is_fresh else np.inf
                 self._next, self._is_fresh = self._new_direction(), True
 
@@ -181,6 +185,10 @@ class _Search:
             return False
         outside = self._matrix[self.number - 1, self.number - 1]
         return len(values) in _ends(np.append(values, outside), k, which)
+
+    def unseen(self, scale: float) -> float:
+        """What residuals may be larger by than they seem."""
+        return max(self._dropped, breakdown(self._operator, scale))
 
     def is_complete(self) -> bool:
         """Whether the basis spans the whole space."""
@@ -232,6 +240,8 @@ def _check_options(
     check_choice("which", which, ENDS)
     check_range("tolerance", tolerance, low=0.0)
     check_count("max_products", max_products)
+    if max_products < k:
+        raise ValueError(f"k={k} pairs take at least as many products, got {max_products=}.")
     if k > operator.size:
         raise ValueError(f"k={k} pairs are more than the {operator.size} rows of the operator.")
     if basis_size is not None:

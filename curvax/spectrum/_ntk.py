@@ -128,8 +128,9 @@ def ntk_eigenpairs(
         raise ValueError(f"k={k} pairs are more than the {len(gram)} outputs of all examples.")
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     order = np.argsort(-values)[:k]
-    shape = jax.eval_shape(network, params, inputs).shape
-    chosen = vectors.T[order].reshape(k, *shape)
+    params = jax.tree.map(wide_if_floating, params)
+    outputs = jax.eval_shape(network, params, inputs)
+    chosen = vectors.T[order].reshape(k, *outputs.shape)
 
     def transposed(cotangent: jax.Array) -> PyTree:
         (tree,) = jax.vjp(lambda p: network(p, inputs), params)[1](cotangent)
@@ -137,7 +138,7 @@ def ntk_eigenpairs(
         return jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-30), tree)
 
     compiled = jax.jit(transposed)
-    trees = [compiled(jnp.asarray(one, gram.dtype)) for one in chosen]
+    trees = [compiled(jnp.asarray(one, outputs.dtype)) for one in chosen]
     return KernelEigenpairs(
         values[order], chosen, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     )

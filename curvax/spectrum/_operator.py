@@ -66,7 +66,7 @@ class Operator:
     def __call__(self, vector: PyTree) -> PyTree:
         """$A v$, in float32 or wider."""
         check_like("the vector", vector, self.like)
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), self._product(vector), self.like)
+        return self._cast(self._product(self._cast(vector)))
 
     def products(self, vectors: Sequence[PyTree]) -> list[PyTree]:
         """$A v$ for several vectors, together where the operator can."""
@@ -74,8 +74,11 @@ class Operator:
             return [self(vector) for vector in vectors]
         for vector in vectors:
             check_like("a vector", vector, self.like)
-        images = self._products(vectors)
-        return [jax.tree.map(lambda a, b: a.astype(b.dtype), one, self.like) for one in images]
+        images = self._products([self._cast(vector) for vector in vectors])
+        return [self._cast(image) for image in images]
+
+    def _cast(self, vector: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), vector, self.like)
 
     def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""

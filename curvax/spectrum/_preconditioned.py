@@ -186,7 +186,8 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
     def apply(vector: PyTree) -> PyTree:
         weights = middle @ node.window.dots(vector, middle.dtype)
         spanned = node.window.combine(weights, vector)
-        return jax.tree.map(lambda v, s: v / damping_root - s.astype(v.dtype), vector, spanned)
+        weak = float(damping_root)  # vectors keep their dtype
+        return jax.tree.map(lambda v, s: v / weak - s.astype(v.dtype), vector, spanned)
 
     return apply
 

@@ -96,6 +96,7 @@ def track_sharpness(
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
+        _check_whole(params)
         check_real("track_sharpness", params)
         own_key = jax.random.key(0) if key is None else jnp.copy(key)
         nan = jnp.full((), jnp.nan, jnp.float32)
@@ -162,6 +163,17 @@ def track_sharpness(
         return jax.lax.cond(due, measure, lambda unchanged: unchanged, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_whole(params: PyTree) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "track_sharpness needs the whole params, which optax.masked and optax.partition hide "
+            "parts of: put it around them, in the outer chain."
+        )
+    if not any(jnp.size(leaf) for leaf in leaves):
+        raise ValueError("track_sharpness needs params with at least one entry, got none.")
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

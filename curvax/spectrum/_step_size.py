@@ -134,6 +134,8 @@ def batch_size_study(
       theory approach](https://arxiv.org/abs/2006.09092), 2022.
     """
     check_count("num_draws", num_draws)
+    if full_batch_size is not None:
+        check_count("full_batch_size", full_batch_size)
     number = int(jax.tree.leaves(examples)[0].shape[0])
     for size in batch_sizes:
         check_count("each of batch_sizes", size)

@@ -269,3 +269,15 @@ class TestBadInput:
     def test_an_element_must_exist(self, indices):
         with pytest.raises(IndexError, match="lies outside the 3 x 3 matrix"):
             curvax.inverse_fisher(np.ones((2, 3)), 0.1).element(*indices)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16, jnp.complex64])
+def test_the_computation_is_in_float32_or_float64(dtype):
+    with pytest.raises(ValueError, match="dtype must be one of 'float32', 'float64'"):
+        curvax.inverse_fisher(jnp.ones((2, 2)), 0.1, dtype=dtype)
+
+
+def test_a_damping_of_numpy_leaves_the_dtype_alone():
+    with jax.enable_x64():
+        inverse = curvax.inverse_fisher(jnp.ones((2, 3), jnp.float32), np.float64(0.1))
+        assert inverse.solve(jnp.ones(3, jnp.float32)).dtype == jnp.float32

@@ -24,7 +24,7 @@ def test_a_sparsity_lies_below_one(sparsity):
         prune({"dense": sparsity})
 
 
-@pytest.mark.parametrize("damping", [0.0, -1e-5])
+@pytest.mark.parametrize("damping", [0.0, -1e-5, np.inf])
 def test_damping_is_positive(damping):
     with pytest.raises(ValueError, match="damping must be a number in"):
         prune(damping=damping)
@@ -126,3 +126,33 @@ def test_all_zero_gradients_are_magnitude_pruning():
     by_magnitude = prune(0.5, method="magnitude")
     for one, other in ((by_obs.params, by_magnitude.params), (by_obs.mask, by_magnitude.mask)):
         np.testing.assert_array_equal(problems.kernels(one), problems.kernels(other))
+
+
+def test_no_gradient_at_all_is_an_error():
+    empty = jax.tree.map(lambda rows: rows[:0], problems.grads())
+    with pytest.raises(ValueError, match="at least one gradient along the first axis"):
+        prune(grads=empty)
+
+
+def test_a_mask_that_has_pruned_everything_is_an_error():
+    mask = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), problems.params())
+    with pytest.raises(ValueError, match="mask has pruned all weights"):
+        prune(0.9, mask=mask)
+
+
+def test_keys_of_sparsities_are_patterns():
+    with pytest.raises(ValueError, match="keys are patterns of paths, got 0"):
+        prune({0: 0.5})
+
+
+def test_a_scalar_has_no_outputs():
+    params = {"scale": jnp.ones(())}
+    with pytest.raises(ValueError, match="needs an axis of outputs, got a scalar at scale"):
+        pruning.prune(
+            params,
+            None,
+            0.5,
+            method="magnitude",
+            structure=pruning.OutputUnits(),
+            predicate=lambda *_: True,
+        )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import curvax
 from curvax import pruning
 
 from . import problems
@@ -151,3 +152,37 @@ class TestBadInput:
     def test_a_mask_that_does_not_match(self):
         with pytest.raises(ValueError, match="mask must match params"):
             collect(mask={"first": True})
+
+
+def linear(params, x):
+    return x * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
+
+
+def test_files_of_leaves_whose_names_look_alike_are_kept_apart(tmp_path):
+    params = {"a.b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}}
+
+    def loss_fn(params, x):
+        return jnp.sum(2 * params["a.b"] + 5 * params["a"]["b"]) * x
+
+    rows = pruning.collect_gradients(loss_fn, params, [1.0], 1, storage=tmp_path, progress=False)
+    assert (rows["a.b"], rows["a"]["b"]) == (2, 5)
+
+
+def test_a_second_collection_in_a_folder_leaves_the_first_as_it_was(tmp_path):
+    options = {"storage": tmp_path, "progress": False}
+    first = pruning.collect_gradients(linear, jnp.zeros(2), [1.0, 2.0], 2, **options)
+    pruning.collect_gradients(linear, jnp.zeros(2), [3.0], 1, **options)
+    np.testing.assert_array_equal(first, [[1, 1], [2, 2]])
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+def test_a_leaf_without_entries_has_rows_too(storage):
+    params = {"empty": jnp.zeros((0, 3)), "weights": jnp.zeros(2)}
+    rows = pruning.collect_gradients(linear, params, [1.0, 2.0], 2, storage=storage, progress=False)
+    assert rows["empty"].shape == (2, 0, 3)
+    assert curvax.inverse_fisher(rows).diagonal()["empty"].shape == (0, 3)
+
+
+def test_numpy_params_of_float64_are_collected_in_the_dtype_at_hand():
+    rows = pruning.collect_gradients(linear, np.zeros(2), [1.0], 1, progress=False)
+    assert rows.dtype == jnp.float32

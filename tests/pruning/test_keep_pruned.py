@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 import curvax
 from curvax import pruning
@@ -166,3 +167,35 @@ def test_params_are_needed():
     tx = pruning.keep_pruned(PRUNED.mask)
     with pytest.raises(ValueError, match="keep_pruned needs params"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_a_line_search_hands_further_arguments_to_its_function():
+    mask = jnp.array([True, False])
+    tx = pruning.keep_pruned(mask, optax.lbfgs())
+
+    def value_fn(params, batch):
+        return jnp.sum((params - batch) ** 2)
+
+    params, batch = jnp.array([1.0, 0.0]), jnp.array([3.0, 3.0])
+    value, grad = jax.value_and_grad(value_fn)(params, batch)
+    updates, _ = tx.update(
+        grad, tx.init(params), params, value=value, grad=grad, value_fn=value_fn, batch=batch
+    )
+    assert updates[0] > 0
+    assert updates[1] == 0
+
+
+def test_a_mask_of_another_kind_of_mapping_or_of_python_bools_is_taken():
+    params = FrozenDict({"kept": jnp.ones(()), "pruned": jnp.ones(())})
+    tx = pruning.keep_pruned({"kept": True, "pruned": False}, optax.sgd(0.1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert (updates["kept"], updates["pruned"]) == (jnp.float32(-0.1), -1)
+
+
+def test_a_wrong_mask_is_named_under_a_partition():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    mask = {"a": jnp.ones(3, bool), "b": jnp.ones(2, bool)}
+    transforms = {"x": pruning.keep_pruned(mask, optax.sgd(0.1)), "y": optax.sgd(0.1)}
+    tx = optax.partition(transforms, {"a": "x", "b": "y"})
+    with pytest.raises(ValueError, match="mask must match the gradients"):
+        tx.init(params)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from curvax import pruning
+from curvax.pruning import _one_shot as one_shot_module
 
 from . import problems
 
@@ -199,3 +200,63 @@ class TestBadInput:
                 schedule(*ends, 3)
             with pytest.raises(ValueError, match="num_steps must be"):
                 schedule(0.0, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "oBs"},
+        {"scope": "tree"},
+        {"update": "all"},
+        {"damping": -1.0},
+        {"method": "greedy"},
+        {"block_sizes": 3},
+    ],
+)
+def test_options_are_checked_before_a_gradient_is_taken(options):
+    def batches():
+        raise AssertionError("a batch was taken")
+        yield
+
+    params, _ = problems.regression()
+    with pytest.raises((ValueError, TypeError), match=next(reversed(options))):
+        pruning.prune_one_shot(loss_fn, params, batches(), 0.5, num_grads=2, **options)
+
+
+def test_each_layer_goes_down_from_where_it_is():
+    params = {"first": jnp.ones((10, 10)), "second": jnp.ones((10, 10))}
+    mask = {
+        "first": jnp.arange(100).reshape(10, 10) >= 90,  # a tenth is left
+        "second": jnp.ones((10, 10), bool),
+    }
+    seen = []
+
+    def loss_fn(params, x):
+        return x * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    class Batches:
+        def __iter__(self):
+            return iter([1.0])
+
+    real = one_shot_module.prune
+
+    def recorded(params, *args, **kwargs):
+        result = real(params, *args, **kwargs)
+        seen.append([layer.sparsity for layer in result.layers])
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_shot_module, "prune", recorded)
+        pruning.prune_one_shot(
+            loss_fn,
+            params,
+            Batches(),
+            0.9,
+            method="fisher",
+            scope="layer",
+            mask=mask,
+            recomputations=2,
+            num_grads=1,
+            progress=False,
+        )
+    np.testing.assert_allclose(seen, [[0.9, 1 - 0.1**0.5], [0.9, 0.9]], atol=0.011)

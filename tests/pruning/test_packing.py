@@ -25,3 +25,9 @@ def test_widths_are_few_and_waste_little_where_it_counts():
     assert np.all(widths >= numbers)
     assert np.all(widths[numbers > 2**17] <= 1.15 * numbers[numbers > 2**17])
     assert len(np.unique(widths)) < 80
+
+
+def test_float16_and_bfloat16_are_packed_as_float32():
+    leaves = [jnp.ones((2, 3), jnp.float16), jnp.ones((2, 5), jnp.bfloat16)]
+    (packed,) = Packing.of([3, 5], packed=True).pack(leaves)
+    assert packed.dtype == jnp.float32

@@ -403,3 +403,33 @@ class TestTrace:
             spectrum.trace(diagonal([1.0]), key=KEY, method="xtrace")
         with pytest.raises(ValueError, match="num_probes must be"):
             spectrum.trace(diagonal([1.0]), key=KEY, num_probes=0)
+
+
+class TestFloat32:
+    @pytest.fixture(autouse=True)
+    def float32(self, float64):
+        with jax.enable_x64(False):
+            yield
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_all_copies_of_few_distinct_eigenvalues_are_found(self, seed):
+        rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 300)))
+        matrix = jnp.asarray(rotation * np.r_[[4.0] * 3, 3.0, [0.0] * 296] @ rotation.T, "float32")
+        operator = spectrum.Operator(lambda v: matrix @ v, jnp.zeros(300))
+        pairs = spectrum.top_eigenpairs(operator, 3, key=jax.random.key(seed))
+        np.testing.assert_allclose(pairs.values, [4.0, 4.0, 4.0], atol=1e-4)
+
+    def test_a_leaf_without_entries_takes_no_part(self):
+        like = {"weights": jnp.zeros(3), "empty": jnp.zeros((0, 2))}
+        entries = jnp.array([1.0, 2.0, 5.0])
+        operator = spectrum.Operator(
+            lambda v: {"weights": entries * v["weights"], "empty": v["empty"]}, like
+        )
+        pairs = spectrum.top_eigenpairs(operator, 2, key=KEY, basis_size=3)
+        np.testing.assert_allclose(pairs.values, [5.0, 2.0], rtol=1e-5)
+        assert pairs.vectors["empty"].shape == (2, 0, 2)
+
+    def test_more_pairs_than_products_are_refused(self):
+        operator = spectrum.Operator(lambda v: v, jnp.zeros(5))
+        with pytest.raises(ValueError, match="at least as many products, got max_products=2"):
+            spectrum.top_eigenpairs(operator, 3, key=KEY, max_products=2)

@@ -355,3 +355,46 @@ class TestBadInput:
         one = problems.problem()
         good = spectrum.hessian_operator(loss_fn, one.params, one.batches)
         spectrum.check_symmetric(good, key=jax.random.key(0), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, np.float64])
+@pytest.mark.parametrize("linearize", [True, False])
+def test_vectors_of_any_dtype_are_taken(dtype, linearize):
+    def loss_fn(params, inputs):
+        return jnp.mean((inputs @ params) ** 2) / 2
+
+    with jax.enable_x64(False):
+        inputs = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        operator = spectrum.hessian_operator(
+            loss_fn, jnp.zeros(2), [(inputs,)], linearize=linearize
+        )
+        np.testing.assert_allclose(operator(np.ones(2).astype(dtype)), [0.5, 2.0])
+
+
+def test_selected_leaves_have_paths_of_their_own():
+    params = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match="select needs leaves of different paths"):
+        spectrum.hessian_operator(
+            lambda p, x: x * jnp.sum(p["a"]["b"] ** 2), params, [1.0], select=lambda *_: True
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_eigenpairs_of_the_tangent_kernel_widen_narrow_params(dtype):
+    inputs = jnp.array([[3.0, 0.0], [0.0, 2.0]], dtype)
+    pairs = spectrum.ntk_eigenpairs(lambda w, x: x @ w, jnp.zeros((2, 1), dtype), inputs, 1)
+    np.testing.assert_allclose(pairs.values, [9.0])
+    assert pairs.parameter_vectors.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [-1, 0, 2.5])
+def test_the_full_hessian_takes_whole_examples_at_a_time(size):
+    with pytest.raises(ValueError, match="full_batch_size must be an integer of at least 1"):
+        spectrum.batch_size_study(
+            lambda p, x: jnp.mean(x * p) ** 2,
+            jnp.zeros(()),
+            (jnp.ones(4),),
+            [2],
+            key=jax.random.key(0),
+            full_batch_size=size,
+        )

@@ -238,3 +238,14 @@ def test_plots_draw_on_given_axes_and_touch_nothing_global():
     assert spectrum.plot_sharpness([0, 1], [1.0, 2.0], [0.5, 0.4], ax=axes[2]) is axes[2]
     traces = {"a": spectrum.trace(operator, key=jax.random.key(0), num_probes=2)}
     assert spectrum.plot_layer_traces(traces, ax=axes[3]) is axes[3]
+
+
+def test_hidden_parts_of_the_params_are_an_error_that_says_where_to_put_it():
+    tx = optax.masked(spectrum.track_sharpness(0.1), {"a": True, "b": False})
+    with pytest.raises(ValueError, match="put it around them, in the outer chain"):
+        tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
+def test_params_without_entries_have_no_sharpness():
+    with pytest.raises(ValueError, match="at least one entry, got none"):
+        spectrum.track_sharpness(0.1).init({})
