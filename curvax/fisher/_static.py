@@ -49,6 +49,10 @@ class InverseFisher:
     def solve(self, vector: PyTree) -> PyTree:
         r"""$F^{-1} v$.
 
+        With fewer gradients than entries, what rounding leaves of $v$ outside of their span is
+        multiplied by $1 / \lambda$: a product of the order of $v / F_{ii}$ has an error of about
+        $F_{ii} / \lambda$ units of rounding.
+
         Args:
           vector: $v$, a tree like one gradient; an array of shape (d,) where the gradients are
             one array of shape (m, d).
@@ -134,7 +138,7 @@ def inverse_fisher(
 
     in $O(d m^2)$ to prepare and $O(d m)$ a product, as the paper's recurrence over one gradient
     after the other, but as products of matrices. With a ``block_size`` $B$, $F$ is replaced by its
-    blocks along the diagonal. A block no larger than $m$ is inverted itself,
+    blocks along the diagonal. A block no larger than $m$, the whole matrix too, is inverted itself,
     $m A = m \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
     $m\,(C^{-1})^2$, which subtracts nothing.
 
