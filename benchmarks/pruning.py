@@ -200,9 +200,9 @@ def frozen_statistics(seed: int, data: HashableDataset, epochs: float) -> Frozen
 def gradual(args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns) -> dict[str, Any]:
     """Gradual pruning with fine-tuning between, of equal budgets."""
     results: dict[str, Any] = {}
-    for seed in range(args.gradual_seeds or args.seeds):
-        for final in args.gradual_sparsities:
-            for name, options in GRADUAL_METHODS.items():
+    for name, options in GRADUAL_METHODS.items():
+        for seed in range(args.gradual_seeds or args.seeds):
+            for final in args.gradual_sparsities:
                 key = (
                     f"gradual; {options}; {final}; {args.gradual_steps} x "
                     f"{args.fine_tuning_epochs}; {args.damping}; {args.epochs}; {seed}"
