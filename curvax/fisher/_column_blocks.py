@@ -78,6 +78,12 @@ class ColumnBlocks:
         flat = flat[: self.columns.num_columns]
         return [leaf[0] for leaf in self.columns.split(flat[jnp.newaxis])]
 
+    def everywhere(self, array: jax.Array) -> jax.Array:
+        """The array on all devices of the mesh."""
+        if self._mesh is None:
+            return array
+        return jax.device_put(array, jax.NamedSharding(self._mesh, jax.P()))
+
     def over_devices(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """The kernel on a batch, each device of the mesh with blocks of its own."""
         if self._mesh is None:
@@ -90,7 +96,9 @@ class ColumnBlocks:
                 jax.device_put(arg, jax.NamedSharding(mesh, spec))
                 for arg, spec in zip(args, specs, strict=True)
             ]
-            mapped = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=blocks)
+            mapped = jax.shard_map(
+                kernel, mesh=mesh, in_specs=specs, out_specs=blocks, check_vma=False
+            )
             return jax.jit(mapped)(*placed)
 
         return spread

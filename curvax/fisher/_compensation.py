@@ -92,13 +92,18 @@ def _in_blocks(
     ):
         piece = kernel(rows, vector, mask, num_rows * damping)
         if not primal:
-            piece = _few_in_primal_form(piece, rows, vector, mask, num_rows * damping)
+            piece = _few_in_primal_form(blocks, piece, rows, vector, mask, num_rows * damping)
         pieces.append(piece)
     return blocks.leaves(pieces)
 
 
 def _few_in_primal_form(
-    changes: jax.Array, rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: float
+    blocks: ColumnBlocks,
+    changes: jax.Array,
+    rows: jax.Array,
+    vector: jax.Array,
+    mask: jax.Array,
+    shift: float,
 ) -> jax.Array:
     """The changes, those of blocks that keep no more entries than there are gradients anew."""
     width = rows.shape[1]
@@ -113,7 +118,8 @@ def _few_in_primal_form(
     places = np.full((len(few), width), outside)
     for place, block in zip(places, few, strict=True):
         place[: counts[block]] = np.flatnonzero(kept[block])
-    return _few(changes, rows, vector, few, places, shift)
+    chosen = (blocks.everywhere(array[few]) for array in (rows, vector))
+    return _few(changes, *chosen, few, places, shift)
 
 
 @jax.jit
@@ -126,9 +132,8 @@ def _few(
     shift: Any,
 ) -> jax.Array:
     """``places``: the kept columns of each of the ``few`` blocks, past the last to fill up."""
-    chosen = rows[few]
-    kept = jnp.take_along_axis(chosen, places[:, jnp.newaxis], axis=2, mode="fill", fill_value=0)
-    changed = _ridge(kept, _target(chosen, vector[few]), shift)
+    kept = jnp.take_along_axis(rows, places[:, jnp.newaxis], axis=2, mode="fill", fill_value=0)
+    changed = _ridge(kept, _target(rows, vector), shift)
     numbers = jnp.arange(len(few))[:, jnp.newaxis]
     spread = jnp.zeros((len(few), rows.shape[2]), rows.dtype)
     spread = spread.at[numbers, places].set(changed, mode="drop")

@@ -93,3 +93,21 @@ def test_a_diagonal_entry_is_positive_whatever_the_rounding():
     inverse = curvax.inverse_fisher(jnp.array([[300.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 1e-5)
     np.testing.assert_allclose(inverse.element(0, 0), inverse.diagonal()[0])
     assert inverse.element(0, 0) > 0
+
+
+@pytest.mark.parametrize("method", ["obs", "greedy"])
+@pytest.mark.parametrize("place", ["committed", "sharded", "host"])
+def test_blocks_over_a_mesh_are_pruned_as_on_one_device(place, method):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights, rows = problem(0, num_grads=16, num_inputs=32, num_outputs=6)
+    weights, rows = weights.astype(np.float32), rows.astype(np.float32)
+    placed = {
+        "committed": lambda: jax.device_put(rows, jax.devices()[3]),
+        "sharded": lambda: jax.device_put(rows, jax.NamedSharding(mesh, jax.P(None, "x"))),
+        "host": lambda: rows,
+    }[place]()
+    options = {"method": method, "block_size": 32, "damping": DAMPING}
+    spread = pruning.prune({"kernel": weights}, {"kernel": placed}, 0.9, mesh=mesh, **options)
+    alone = pruning.prune({"kernel": weights}, {"kernel": rows}, 0.9, **options)
+    np.testing.assert_array_equal(spread.mask["kernel"], alone.mask["kernel"])
+    np.testing.assert_allclose(spread.params["kernel"], alone.params["kernel"], rtol=1e-3)
