@@ -97,12 +97,6 @@ GRADUAL_METHODS: dict[str, dict[str, Any]] = {
         "recomputations": 4,
         "damping": 1e-3,
     },
-    "M-FAC joint, damping 1e-5": {
-        **M_FAC,
-        "block_size": 128,
-        "recomputations": 4,
-        "damping": 1e-5,
-    },
 }
 RECOMPUTED = [name for name, options in METHODS.items() if options.get("recomputations") == 16]
 WITH_MORE_GRADIENTS = ("saliency alone, 1", "M-FAC independent, 1", "M-FAC joint, 1")
