@@ -61,7 +61,7 @@ class BlockInverse:
             shift = damping * self.num_rows
             factored = (over_devices(_factor)(matrix, shift) for matrix in matrices)
         else:
-            kernel = over_devices(_primal if self.primal else _dual)
+            kernel = over_devices(factor_primal if self.primal else factor_dual)
             shift = damping * self.num_rows
             factored = (kernel(rows, shift) for rows in self._blocks.all_rows())
         # What is kept is as large as the gradients, so it goes where they are.
@@ -139,26 +139,32 @@ def _factor(products: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _primal(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
+def factor_primal(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
+    """The inverse factor of $m A$, and where it failed."""
     return inverse_factor(shifted(squares_of_blocks(rows), shift))
 
 
 @jax.jit
-def _dual(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
+def factor_dual(rows: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
+    """The inverse factor of $K$, and where it failed."""
     return inverse_factor(shifted(jax.lax.map(partial(gram, in_chunks=True), rows), shift))
+
+
+def apply_inverse(factor: jax.Array, vector: jax.Array) -> jax.Array:
+    """$C^{-T} C^{-1} v$ in each block."""
+    projected = jnp.einsum("nij,nj->ni", factor, vector, precision=HIGHEST)
+    return jnp.einsum("nij,ni->nj", factor, projected, precision=HIGHEST)
 
 
 @jax.jit
 def _solve_primal(vector: jax.Array, factor: jax.Array, num_rows: Any) -> jax.Array:
-    projected = jnp.einsum("nij,nj->ni", factor, vector, precision=HIGHEST)
-    return num_rows * jnp.einsum("nij,ni->nj", factor, projected, precision=HIGHEST)
+    return num_rows * apply_inverse(factor, vector)
 
 
 @jax.jit
 def _solve_dual(vector: jax.Array, factor: jax.Array, rows: jax.Array, damping: Any) -> jax.Array:
     products = jnp.einsum("nmb,nb->nm", rows, vector, precision=HIGHEST)
-    projected = jnp.einsum("nkm,nm->nk", factor, products, precision=HIGHEST)
-    weights = jnp.einsum("nkm,nk->nm", factor, projected, precision=HIGHEST)
+    weights = apply_inverse(factor, products)
     return (vector - jnp.einsum("nmb,nm->nb", rows, weights, precision=HIGHEST)) / damping
 
 

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._block_inverse import shifted, squares_of_blocks
+from curvax.fisher._block_inverse import apply_inverse, factor_dual, factor_primal
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._column_blocks import ColumnBlocks
 from curvax.fisher._columns import Columns
 from curvax.fisher._full_inverse import FullInverse
-from curvax.fisher._inverse_factor import gram, inverse_factor
 from curvax.fisher._static import spans, working_dtype
 
 
@@ -145,14 +144,9 @@ def _target(rows: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _ridge(kept: jax.Array, target: jax.Array, shift: Any) -> jax.Array:
-    factor, _ = inverse_factor(shifted(squares_of_blocks(kept), shift))
+    factor, _ = factor_primal(kept, shift)
     right = jnp.einsum("nmb,nm->nb", kept, target, precision=HIGHEST)
-    return _apply_inverse(factor, right)
-
-
-def _apply_inverse(factor: jax.Array, vector: jax.Array) -> jax.Array:
-    projected = jnp.einsum("nij,nj->ni", factor, vector, precision=HIGHEST)
-    return jnp.einsum("nij,ni->nj", factor, projected, precision=HIGHEST)
+    return apply_inverse(factor, right)
 
 
 @jax.jit
@@ -163,7 +157,6 @@ def _primal(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> 
 @jax.jit
 def _dual(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> jax.Array:
     kept = rows * mask[:, jnp.newaxis]
-    squares = jax.lax.map(lambda block: gram(block, in_chunks=True), kept)
-    factor, _ = inverse_factor(shifted(squares, shift))
-    weights = _apply_inverse(factor, _target(rows, vector))
+    factor, _ = factor_dual(kept, shift)
+    weights = apply_inverse(factor, _target(rows, vector))
     return jnp.einsum("nmb,nm->nb", kept, weights, precision=HIGHEST)

@@ -45,9 +45,11 @@ def greedy_scores(
         part = Columns(all_columns[first:stop], dtype)
         size = min(options.block_size or part.num_columns, part.num_columns)
         blocks = ColumnBlocks(part, size, side=size, batch_bytes=_BATCH_BYTES, mesh=options.mesh)
-        kernel = blocks.over_devices(partial(_greedy, damping=options.damping))
+        kernel = blocks.over_devices(_greedy)
         weights = blocks.vectors([jnp.asarray(leaf) for leaf in all_weights[first:stop]])
-        pieces = [kernel(*pair) for pair in zip(blocks.all_rows(), weights, strict=True)]
+        pieces = [
+            kernel(*pair, options.damping) for pair in zip(blocks.all_rows(), weights, strict=True)
+        ]
         scores += [np.asarray(leaf) for leaf in blocks.leaves(pieces)]
     return packing.unpack(scores)
 
