@@ -25,7 +25,6 @@ from curvax import pruning
 PyTree = Any
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-DAMPING = 1e-4  # steadier at 95 % than the default 1e-5, where few weights make up for many
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "M-FAC, 1 step": {"recomputations": 1},
@@ -53,7 +52,12 @@ def train(dataset: Dataset, epochs: int, batch_size: int, seed: int) -> PyTree:
 
 
 def prune_everything(
-    params: PyTree, dataset: Dataset, num_grads: int, recomputations: int, seed: int
+    params: PyTree,
+    dataset: Dataset,
+    num_grads: int,
+    recomputations: int,
+    damping: float,
+    seed: int,
 ) -> dict[str, list[float]]:
     """For each method the test accuracy at each sparsity."""
     accuracies: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -69,7 +73,7 @@ def prune_everything(
                     data,
                     sparsity,
                     num_grads=num_grads,
-                    damping=DAMPING,
+                    damping=damping,
                     progress=False,
                     **{"recomputations": recomputations, **options},
                 )
@@ -113,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--num-grads", default=512, help="gradients of examples (default: %(default)s)")
     option("--recomputations", default=16, help="default: %(default)s")
     option("--seed", type=int, default=0, help="default: %(default)s")
+    # Steadier at 95 % than the library's 1e-5, where few weights make up for many.
+    parser.add_argument("--damping", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -126,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--num-grads is above the {len(dataset.train_images)} training images")
     params = train(dataset, args.epochs, args.batch_size, args.seed)
     dense = evaluate(params, dataset)[2]
-    accuracies = prune_everything(params, dataset, args.num_grads, args.recomputations, args.seed)
+    accuracies = prune_everything(
+        params, dataset, args.num_grads, args.recomputations, args.damping, args.seed
+    )
     print(f"\ntest accuracy of the dense network: {dense:.2%}\n\n{table(accuracies)}")
     path = args.output / "pruning.png"
     plot(accuracies, dense, path)
