@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from curvax._trees import PyTree, path_name
 
 
 def is_traced(value: Any) -> bool:
@@ -61,11 +61,6 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value is choice or value == choice for choice in allowed):
         names = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be one of {names}, got {value!r}.")
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as people write it: ``layers/0/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "(the root)"
 
 
 def check_like(name: str, tree: PyTree, params: PyTree) -> None:

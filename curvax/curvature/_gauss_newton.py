@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_count, check_like
+from curvax._trees import Differentiable, Leaves, PyTree
 from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
 from curvax.curvature._probes import Distribution, times_probe
-from curvax.curvature._products import Differentiable, Leaves, PyTree, cast_like
+from curvax.curvature._products import cast_like
 
 Network = Callable[..., Any]
 Loss = str | OutputLoss | Callable[[jax.Array, Any], jax.Array]

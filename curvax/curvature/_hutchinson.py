@@ -18,14 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_count
+from curvax._trees import Differentiable, PyTree, is_inexact, widen
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import (
-    Differentiable,
-    Mode,
-    PyTree,
-    linearized_hvp,
-    wide,
-)
+from curvax.curvature._products import Mode, linearized_hvp
 
 Method = Literal["hutchinson", "exact"]
 
@@ -305,14 +300,14 @@ def _exact_diag(product: Callable[[PyTree], PyTree], params: PyTree, batch_size:
             basis = [jnp.zeros_like(other) for other in tree.leaves]
             basis[position] = basis[position].at[where].set(unit)
             column = jax.tree.leaves(product(tree.treedef.unflatten(basis)))[position]
-            return wide(column[where])
+            return widen(column[where])
 
         def entries(unit: complex) -> jax.Array:
             indices = jnp.arange(leaf.size)
             found = jax.lax.map(lambda i: entry(i, unit), indices, batch_size=batch_size)
             return found.reshape(leaf.shape)
 
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.size == 0:
+        if not is_inexact(leaf) or leaf.size == 0:
             return _wide_real(jnp.zeros_like(leaf))
         if jnp.iscomplexobj(leaf):
             return jax.lax.complex(jnp.real(entries(1)), -jnp.imag(entries(1j)))
@@ -325,7 +320,7 @@ def _wide_real(leaf: jax.Array) -> jax.Array:
     """A leaf as real numbers in float32 or wider, a complex one with a last axis of two."""
     if jnp.iscomplexobj(leaf):
         return jnp.stack([jnp.real(leaf), jnp.imag(leaf)], axis=-1)
-    return wide(leaf)
+    return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _as_leaf(leaf: jax.Array, real: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice
+from curvax._trees import PyTree, is_inexact
 
-PyTree = Any
 Distribution = Literal["rademacher", "normal"]
 
 
@@ -70,7 +70,7 @@ def random_probe(
 
 def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Array:
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not is_inexact(leaf):
         return jnp.zeros_like(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jax.lax.complex(

@@ -15,54 +15,20 @@ bool leaves of ``params`` take no part: their gradients and products are zeros.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_like, checked_loss
+from curvax._trees import Differentiable, Leaves, PyTree, tree_norm, widen
 
-PyTree = Any
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
-Leaves = list[jax.Array]
 # (loss of leaves, leaves, tangents) -> value, aux, gradient leaves, product leaves
 OnePass = Callable[
     [Callable[[Leaves], tuple[jax.Array, Any]], Leaves, Leaves],
     tuple[jax.Array, Any, Leaves, Leaves],
 ]
-
-
-class Differentiable(NamedTuple):
-    """The real and complex leaves of a tree, and the way back to the whole tree."""
-
-    treedef: Any
-    leaves: tuple[jax.Array, ...]
-    chosen: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, params: PyTree) -> "Differentiable":
-        flat, treedef = jax.tree.flatten(params)
-        leaves = tuple(jnp.asarray(leaf) for leaf in flat)
-        chosen = tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
-        return cls(treedef, leaves, chosen)
-
-    def select(self, leaves: Any) -> Leaves:
-        """The entries of ``leaves``, one a leaf of the tree, that are differentiated."""
-        return [leaf for leaf, keep in zip(leaves, self.chosen, strict=True) if keep]
-
-    def params(self, selected: Leaves) -> PyTree:
-        """The tree with ``selected`` in place of the differentiated leaves."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(next(rest) if keep else leaf for leaf, keep in pairs)
-
-    def tangent(self, selected: Leaves) -> PyTree:
-        """The tree with ``selected`` where differentiated and zeros elsewhere."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(
-            next(rest) if keep else jnp.zeros_like(leaf) for leaf, keep in pairs
-        )
 
 
 def value_grad_and_hvp(
@@ -307,19 +273,9 @@ def _difference_step(leaves: Leaves, tangents: Leaves) -> jax.Array:
     if not leaves:
         return jnp.ones(())
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
-    size, length = _norm(leaves), _norm(tangents)
+    size, length = (tree_norm([jnp.abs(widen(x)) for x in xs]) for xs in (leaves, tangents))
     ratio = jnp.where(size > 0, size, 1.0) / jnp.where(length > 0, length, 1.0)
     return eps ** (1 / 3) * ratio
-
-
-def _norm(leaves: Leaves) -> jax.Array:
-    squares = (jnp.sum(jnp.square(jnp.abs(wide(leaf)))) for leaf in leaves)
-    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
-
-
-def wide(leaf: jax.Array) -> jax.Array:
-    """The leaf in float32 or wider, for sums and squares."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 _ONE_PASS: dict[str, OnePass] = {

@@ -33,12 +33,12 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_count, check_range, check_real
+from curvax._trees import PyTree, is_inexact, part_like, wide_dtype, widest_dtype
 from curvax.curvature._from_state import check_refresh, is_due, step_key
 from curvax.curvature._probes import Distribution
 from curvax.optimizers._averaging import Rule, average_curvature, check_averaging
-from curvax.optimizers._curvature_input import curvature_of_function, leaves_of_updates
+from curvax.optimizers._curvature_input import curvature_of_function
 
-PyTree = Any
 Scalar = jax.typing.ArrayLike
 
 
@@ -138,8 +138,8 @@ def scale_by_adahessian(
             # A copy: handing out the caller's array would let donation delete it.
             key=jax.random.key(0) if key is None else jnp.copy(key),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_mu_dtype(p, mu_dtype)), params),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide_dtype(p)), params),
-            nu_weight=jnp.zeros((), _widest_dtype(params)),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
+            nu_weight=jnp.zeros((), widest_dtype(params)),
         )
 
     def update(
@@ -159,7 +159,7 @@ def scale_by_adahessian(
         if refresh is not False:
             due = is_due(state) if refresh is None else jnp.asarray(True)
             if hessian_diag is not None:
-                diag = leaves_of_updates(hessian_diag, updates)
+                diag = part_like(hessian_diag, updates, name="hessian_diag")
             else:
                 diag = curvature_of_function(
                     obj_fn if obj_fn is not None else value_fn,
@@ -344,9 +344,9 @@ def _fold_in(
 
 def _average(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
     """``m`` of Algorithm 1, in float32 or wider; integers stay as they are."""
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
+    if not is_inexact(mean):
         return mean
-    dtype = jnp.promote_types(_wide_dtype(gradient), mean.dtype)
+    dtype = jnp.promote_types(wide_dtype(gradient), mean.dtype)
     decay = jnp.asarray(b1, dtype)
     return decay * mean.astype(dtype) + (1 - decay) * gradient.astype(dtype)
 
@@ -361,7 +361,7 @@ def _step(
     clip_threshold: Scalar | None,
 ) -> jax.Array:
     """The update of Algorithm 1, in float32 or wider; zero while there is no curvature."""
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
+    if not is_inexact(mean):
         return jnp.zeros_like(mean)
     known = square_weight > 0
     corrected = square / jnp.where(known, square_weight, 1).astype(square.dtype)
@@ -396,14 +396,4 @@ def _check_b2_precision(b2: Scalar) -> None:
 
 
 def _mu_dtype(leaf: Any, mu_dtype: Any | None) -> Any:
-    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return mu_dtype if mu_dtype is not None and real else leaf.dtype
-
-
-def _wide_dtype(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
-def _widest_dtype(params: PyTree) -> Any:
-    dtypes = [_wide_dtype(leaf) for leaf in jax.tree.leaves(params)]
-    return jnp.result_type(jnp.float32, *dtypes)
+    return mu_dtype if mu_dtype is not None and is_inexact(leaf) else leaf.dtype

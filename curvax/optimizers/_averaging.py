@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, path_name
+from curvax._checks import check_choice
+from curvax._trees import path_name
 
 
 class Block(NamedTuple):

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_count, checked_loss, path_name
+from curvax._checks import check_count, checked_loss
 from curvax._progress import progress_bar
-from curvax.fisher._window import insert_row, stacked_zeros, wide_dtype
+from curvax._trees import PyTree, path_name, wide_dtype, widen
+from curvax.fisher._window import insert_row, stacked_zeros
 from curvax.pruning._leaves import check_mask
-
-PyTree = Any
 
 
 def collect_gradients(
@@ -116,9 +115,7 @@ def _means(
             continue
         number, total = _num_examples(arguments), None
         for part, share in _parts(arguments, number, size):
-            scaled = jax.tree.map(
-                lambda g, s=share: s * g.astype(wide_dtype(g)), gradient(params, *part)
-            )
+            scaled = jax.tree.map(lambda g, s=share: s * widen(g), gradient(params, *part))
             total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         yield total
 

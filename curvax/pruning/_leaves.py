@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_like, path_name
+from curvax._checks import check_like
+from curvax._trees import PyTree, path_name, widen
 
-PyTree = Any
 Predicate = Callable[[str, Any], bool]
 
 
@@ -30,7 +30,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
       >>> is_kernel("dense/kernel", jnp.zeros((3, 2))), is_kernel("dense/bias", jnp.zeros(2))
       (True, False)
     """
-    name = path.lower().removesuffix("/value").rpartition("/")[2]  # NNX's states end in value
+    name = path.lower().rpartition("/")[2]
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
     return real and jnp.ndim(leaf) >= 2 and name not in {"bias", "scale", "embedding"}
 
@@ -114,4 +114,4 @@ def _columns(rows: Any, leaf: Leaf) -> Any:
 
 def _wide(leaf: Any) -> np.ndarray:
     """The leaf on the host, float32 or wider."""
-    return np.asarray(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+    return np.asarray(widen(leaf))

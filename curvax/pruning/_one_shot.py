@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_count, check_range, path_name
+from curvax._checks import check_count, check_range
+from curvax._trees import PyTree, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
 from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_drop, pools
-
-PyTree = Any
 
 
 def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[float]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
+from curvax._trees import PyTree
 from curvax.fisher._static import checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
@@ -21,8 +22,6 @@ from curvax.pruning._scores import (
 from curvax.pruning._selection import Sparsity, check_sparsity, dropped_weights
 from curvax.pruning._structures import NM, Structure, check_structure
 from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
-
-PyTree = Any
 
 METHODS = ("obs", "greedy", "fisher", "magnitude")
 UPDATES = ("joint", "independent", "none")

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import path_name
-from curvax.spectrum._operator import Operator, tree_norm, wide_if_floating
+from curvax._trees import PyTree, path_name, tree_norm, widen
+from curvax.spectrum._operator import Operator
 
-PyTree = Any
 Select = Callable[[str, Any], bool]
 
 
@@ -98,7 +97,7 @@ def over_batches(
 ) -> Operator:
     """The weighted mean over batches of a compiled product."""
     repeatable = list(batches) if isinstance(batches, Iterator) else batches
-    params = jax.tree.map(wide_if_floating, params)
+    params = jax.tree.map(widen, params)
     leaves, treedef = jax.tree.flatten(params)
     numbers, like = _selection(params, select)
     weight_of = batch_weight or _num_examples

@@ -1,17 +1,16 @@
 """Extremal eigenpairs by Lanczos with thick restarts."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
+from curvax._trees import PyTree
 from curvax.spectrum._basis import Basis, normalized
 from curvax.spectrum._lanczos import breakdown, finite_product
 from curvax.spectrum._operator import Operator
-
-PyTree = Any
 
 _CHUNK = 5
 _ROUNDING_OF_PRODUCTS = 10.0

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_like
+from curvax._trees import PyTree, tree_dot, tree_norm
 from curvax.spectrum._basis import Basis, normalized
-from curvax.spectrum._operator import Operator, tree_dot, tree_norm
-
-PyTree = Any
+from curvax.spectrum._operator import Operator
 
 REORTHOGONALIZE = ("full", "selective", "none")
 

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_count
-from curvax.spectrum._operator import wide_if_floating
-
-PyTree = Any
+from curvax._trees import PyTree, widen
 
 
 class KernelEigenpairs(NamedTuple):
@@ -81,7 +79,7 @@ def ntk_gram(
         jax.tree.map(lambda x, a=start: x[a : a + micro_batch_size], inputs)
         for start in range(0, number, micro_batch_size)
     ]
-    params = jax.tree.map(wide_if_floating, params)
+    params = jax.tree.map(widen, params)
     rows, pushed = _compiled(network)
     blocks = []
     for part in parts:
@@ -128,7 +126,7 @@ def ntk_eigenpairs(
         raise ValueError(f"k={k} pairs are more than the {len(gram)} outputs of all examples.")
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     order = np.argsort(-values)[:k]
-    params = jax.tree.map(wide_if_floating, params)
+    params = jax.tree.map(widen, params)
     outputs = jax.eval_shape(network, params, inputs)
     chosen = vectors.T[order].reshape(k, *outputs.shape)
 

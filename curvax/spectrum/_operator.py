@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from curvax._checks import check_count, check_like, check_range, path_name
+from curvax._checks import check_count, check_like, check_range
+from curvax._trees import PyTree, named_leaves, tree_dot, tree_norm, widen
 from curvax.curvature import random_probe
-
-PyTree = Any
 
 
 class Operator:
@@ -49,14 +48,14 @@ class Operator:
         *,
         products: Callable[[Sequence[PyTree]], list[PyTree]] | None = None,
     ) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        for name, leaf in named_leaves(like):
             dtype = jnp.result_type(leaf)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(
                     f"an operator's vectors are real floating-point, got {dtype} at "
-                    f"{path_name(path)}: leave the leaf out, with select where that is offered."
+                    f"{name}: leave the leaf out, with select where that is offered."
                 )
-        self.like = jax.tree.map(wide, like)
+        self.like = jax.tree.map(widen, like)
         self.size = sum(leaf.size for leaf in jax.tree.leaves(like))
         if not self.size:
             raise ValueError("an operator needs vectors with at least one entry.")
@@ -162,19 +161,6 @@ def in_groups(items: jax.Array, size: int) -> Iterator[jax.Array]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-@jax.jit
-def tree_dot(first: PyTree, second: PyTree) -> jax.Array:
-    """The sum of products of entries."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
-    return jnp.sum(jnp.stack(jax.tree.leaves(products)))
-
-
-@jax.jit
-def tree_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm."""
-    return jnp.sqrt(tree_dot(tree, tree))
-
-
 @functools.lru_cache(maxsize=64)
 def _drawer(shardings: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
     """`random_probe`, compiled, where a mesh's automatic axes would forget the shardings."""
@@ -185,14 +171,3 @@ def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
     # Within a caller's graph, the compiler decides.
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-def wide(leaf: Any) -> jax.Array:
-    """The leaf in float32, or what is wider."""
-    dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-    return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(dtype))
-
-
-def wide_if_floating(leaf: Any) -> Any:
-    """The same for real leaves; others, such as integers, stay as they are."""
-    return wide(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf

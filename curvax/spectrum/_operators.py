@@ -7,11 +7,10 @@ from typing import Any
 import jax
 
 from curvax._checks import checked_loss
+from curvax._trees import PyTree
 from curvax.curvature import fisher_vp, ggn_vp, hvp
 from curvax.spectrum._batches import CompiledProduct, Select, over_batches
 from curvax.spectrum._operator import Operator
-
-PyTree = Any
 
 
 def hessian_operator(

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_range, check_real, check_size
+from curvax._trees import PyTree, has_holes, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.fisher import DenseWindow
-from curvax.spectrum._operator import tree_dot, tree_norm
-
-PyTree = Any
 
 
 class TrackSharpnessState(NamedTuple):
@@ -102,7 +100,7 @@ def track_sharpness(
         nan = jnp.full((), jnp.nan, jnp.float32)
         direction = None
         if not from_outside:
-            wide = jax.tree.map(_wide, params)
+            wide = jax.tree.map(widen, params)
             direction = _unit(random_probe(own_key, wide, "normal"))
         return TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
@@ -166,20 +164,13 @@ def track_sharpness(
 
 
 def _check_whole(params: PyTree) -> None:
-    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    if has_holes(params):
         raise ValueError(
             "track_sharpness needs the whole params, which optax.masked and optax.partition hide "
             "parts of: put it around them, in the outer chain."
         )
-    if not any(jnp.size(leaf) for leaf in leaves):
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("track_sharpness needs params with at least one entry, got none.")
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _unit(vector: PyTree) -> PyTree:

@@ -8,10 +8,9 @@ import numpy as np
 
 from curvax._checks import check_count, check_range
 from curvax._progress import progress_bar
+from curvax._trees import PyTree
 from curvax.spectrum._eigenpairs import top_eigenpairs
 from curvax.spectrum._operators import hessian_operator
-
-PyTree = Any
 
 
 class StepSizes(NamedTuple):

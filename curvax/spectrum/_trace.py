@@ -6,9 +6,10 @@ import jax
 import numpy as np
 
 from curvax._checks import check_choice, check_count
+from curvax._trees import tree_dot
 from curvax.spectrum._basis import Basis
 from curvax.spectrum._lanczos import breakdown, finite_product, finite_products
-from curvax.spectrum._operator import Operator, in_groups, tree_dot
+from curvax.spectrum._operator import Operator, in_groups
 
 METHODS = ("hutchinson", "hutch++")
 
