@@ -4,7 +4,10 @@ Names are those that people write, ``layers/0/kernel``. What wraps an array, an 
 metadata box of Linen, adds nothing to its name.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import optax
 PyTree = Any
 Path = tuple[Any, ...]
 Leaves = list[jax.Array]
+Select = Callable[[str, Any], bool]  # (path, leaf) -> whether the leaf is chosen
 
 _BOXES = {"value", "raw_value"}  # the attribute in which variables and boxes keep their array
 
@@ -69,36 +73,63 @@ def tree_norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(tree_dot(tree, tree))
 
 
-class Differentiable(NamedTuple):
-    """The real and complex leaves of a tree, and the way back to the whole tree."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves"],
+    meta_fields=["treedef", "chosen"],
+)
+@dataclasses.dataclass(frozen=True)
+class Differentiable:
+    """The leaves of a tree that are differentiated, and the way back to the whole tree.
+
+    Attributes:
+      treedef: the whole tree's structure.
+      leaves: all of its leaves.
+      chosen: the positions of those that are differentiated, all real or complex.
+    """
 
     treedef: Any
     leaves: tuple[jax.Array, ...]
-    chosen: tuple[bool, ...]
+    chosen: tuple[int, ...]
 
     @classmethod
-    def of(cls, params: PyTree) -> "Differentiable":
-        flat, treedef = jax.tree.flatten(params)
-        leaves = tuple(jnp.asarray(leaf) for leaf in flat)
-        return cls(treedef, leaves, tuple(map(is_inexact, leaves)))
+    def of(cls, params: PyTree, select: Select | None = None) -> "Differentiable":
+        """The real and complex leaves of ``params`` that ``select``, if given, takes."""
+        entries, treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves = tuple(jnp.asarray(leaf) for _, leaf in entries)
+        chosen = (
+            position
+            for position, (path, leaf) in enumerate(entries)
+            if is_inexact(leaf) and (select is None or select(path_name(path), leaf))
+        )
+        return cls(treedef, leaves, tuple(chosen))
 
     def select(self, leaves: Any) -> Leaves:
         """The entries of ``leaves``, one a leaf of the tree, that are differentiated."""
-        return [leaf for leaf, keep in zip(leaves, self.chosen, strict=True) if keep]
+        leaves = list(leaves)
+        return [leaves[position] for position in self.chosen]
 
     def params(self, selected: Leaves) -> PyTree:
         """The tree with ``selected`` in place of the differentiated leaves."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(next(rest) if keep else leaf for leaf, keep in pairs)
+        return self._with(list(self.leaves), selected)
 
     def tangent(self, selected: Leaves) -> PyTree:
         """The tree with ``selected`` where differentiated and zeros elsewhere."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(
-            next(rest) if keep else jnp.zeros_like(leaf) for leaf, keep in pairs
-        )
+        chosen = set(self.chosen)
+        zeros = [
+            leaf if position in chosen else jnp.zeros_like(leaf)
+            for position, leaf in enumerate(self.leaves)
+        ]
+        return self._with(zeros, selected)
+
+    def part(self, selected: Leaves) -> PyTree:
+        """The tree with ``selected`` where differentiated and None elsewhere."""
+        return self._with([None] * len(self.leaves), selected)
+
+    def _with(self, leaves: list[Any], selected: Leaves) -> PyTree:
+        for position, leaf in zip(self.chosen, selected, strict=True):
+            leaves[position] = leaf
+        return self.treedef.unflatten(leaves)
 
 
 def is_hole(node: Any) -> bool:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_count, check_like
+from curvax._checks import check_choice, check_count, check_keywords, check_like
 from curvax._trees import Differentiable, Leaves, PyTree
 from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
+from curvax.curvature._modes import MODES, JacobianMode, linearized
 from curvax.curvature._probes import Distribution, times_probe
 from curvax.curvature._products import cast_like
 
@@ -40,7 +41,13 @@ class _Linearization(NamedTuple):
 
 
 def _linearize(
-    network: Network, params: PyTree, inputs: Any, kwargs: dict[str, Any], *, has_aux: bool
+    network: Network,
+    params: PyTree,
+    inputs: Any,
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+    mode: JacobianMode,
 ) -> _Linearization:
     tree = Differentiable.of(params)
     leaves = tree.select(tree.leaves)
@@ -55,9 +62,8 @@ def _linearize(
             )
         return outputs, aux
 
-    outputs, jacobian_vp, aux = jax.linearize(outputs_and_aux, leaves, has_aux=True)
-    transposed = jax.linear_transpose(jacobian_vp, leaves)
-    return _Linearization(tree, outputs, aux, jacobian_vp, lambda u: transposed(u)[0])
+    outputs, aux, jacobian_vp, vector_jacobian = linearized(outputs_and_aux, leaves, mode)
+    return _Linearization(tree, outputs, aux, jacobian_vp, vector_jacobian)
 
 
 def _output_loss(loss: Loss) -> OutputLoss:
@@ -78,6 +84,7 @@ def ggn_vp(
     targets: Any = None,
     *,
     has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> PyTree:
     r"""The product of the generalized Gauss-Newton matrix with a vector.
@@ -103,13 +110,16 @@ def ggn_vp(
       targets: an array with the outputs' example axes first; the two named losses do not
         need it for products.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
+      mode: ``"forward_over_reverse"`` takes $J t$ by forward mode; ``"reverse_over_reverse"`` by
+        two vector-Jacobian products, for a network with a kernel that has no forward-mode rule.
       **kwargs: keyword arguments of ``network``.
 
     Returns:
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: on an unknown loss, or a tangent or targets that do not match.
+      ValueError: on an unknown loss, a tangent or targets that do not match, or a ``mode`` that
+        an operation of the network does not allow.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -124,9 +134,9 @@ def ggn_vp(
       Schraudolph, [Fast curvature matrix-vector products for second-order gradient
       descent](https://doi.org/10.1162/08997660260028683), 2002.
     """
-    return _outer_product_vp(
-        network, loss, params, tangent, inputs, targets, kwargs, has_aux, BatchLoss.hessian_vp
-    )
+    check_keywords("ggn_vp", network, ("targets", "has_aux", "mode"))
+    point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    return _outer_product_vp(point, loss, params, tangent, targets, BatchLoss.hessian_vp)
 
 
 def fisher_vp(
@@ -139,6 +149,7 @@ def fisher_vp(
     *,
     empirical: bool = False,
     has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> PyTree:
     r"""The product of the Fisher matrix, or of the empirical one, with a vector.
@@ -165,6 +176,7 @@ def fisher_vp(
       targets: an array with the outputs' example axes first; required if ``empirical``.
       empirical: whether to use the labels of the data.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
+      mode: as in `curvax.ggn_vp`.
       **kwargs: keyword arguments of ``network``.
 
     Returns:
@@ -201,28 +213,25 @@ def fisher_vp(
             "or ask for empirical=True or for ggn_vp."
         )
     product = BatchLoss.empirical_vp if empirical else BatchLoss.hessian_vp
-    return _outer_product_vp(
-        network, loss, params, tangent, inputs, targets, kwargs, has_aux, product
-    )
+    check_keywords("fisher_vp", network, ("targets", "empirical", "has_aux", "mode"))
+    point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    return _outer_product_vp(point, loss, params, tangent, targets, product)
 
 
 def _outer_product_vp(
-    network: Network,
+    point: _Linearization,
     loss: Loss,
     params: PyTree,
     tangent: PyTree,
-    inputs: Any,
     targets: Any,
-    kwargs: dict[str, Any],
-    has_aux: bool,
     output_product: Callable[[BatchLoss, jax.Array, jax.Array], jax.Array],
 ) -> PyTree:
     """``Jᵀ M J t`` with ``M`` the given product in the space of outputs."""
     check_like("tangent", tangent, params)
-    at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-    batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-    product = output_product(batch_loss, at.outputs, at.jacobian_vp(at.tangents(tangent)))
-    return at.tree.tangent(at.vector_jacobian(product.astype(at.outputs.dtype)))
+    batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+    outputs_tangent = point.jacobian_vp(point.tangents(tangent))
+    product = output_product(batch_loss, point.outputs, outputs_tangent)
+    return point.tree.tangent(point.vector_jacobian(product.astype(point.outputs.dtype)))
 
 
 def value_grad_and_ggn_diag(
@@ -232,6 +241,7 @@ def value_grad_and_ggn_diag(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
@@ -253,6 +263,7 @@ def value_grad_and_ggn_diag(
       has_aux: whether ``network`` returns ``(outputs, aux)``.
       num_probes: the number of probes, vectorized and averaged.
       distribution: ``"rademacher"`` or ``"normal"``.
+      mode: as in `curvax.ggn_vp`.
 
     Returns:
       A function ``(params, inputs, targets, *, key, **kwargs) -> (value, grads, diag)``;
@@ -274,21 +285,23 @@ def value_grad_and_ggn_diag(
       (0.5, Array([0.5, 0.5], dtype=float32))
     """
     check_count("num_probes", num_probes)
+    check_choice("mode", mode, MODES[:2])
+    check_keywords("value_grad_and_ggn_diag", network, ("targets", "key"))
 
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-        batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-        value, grads = _value_and_grad(at, batch_loss, has_aux)
+        point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+        batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+        value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def along(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
-            outputs_tangent = at.jacobian_vp(at.tangents(probe))
-            cotangent = batch_loss.hessian_vp(at.outputs, outputs_tangent)
-            product = at.vector_jacobian(cotangent.astype(at.outputs.dtype))
-            return value, grads, times_probe(probe, at.tree.tangent(product))
+        def estimate(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
+            outputs_tangent = point.jacobian_vp(point.tangents(probe))
+            cotangent = batch_loss.hessian_vp(point.outputs, outputs_tangent)
+            product = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
+            return value, grads, times_probe(probe, point.tree.tangent(product))
 
-        return mean_over_probes(along, key, params, num_probes, distribution)
+        return mean_over_probes(estimate, key, params, num_probes, distribution)
 
     return value_grad_and_diag
 
@@ -310,11 +323,11 @@ def value_grad_and_ggn_diag_from_outputs(
     $$
 
     Each entry is a square, so it is never negative, and unbiased for the Gauss-Newton
-    diagonal. It costs one backward pass more than the gradient and no tangents, which makes
-    it the cheapest curvature here. Fed to AdaHessian as ``hessian_diag``, the mean of
-    $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly that with normal
-    probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$: the
-    diagonal itself up to a factor, without the rest of the row that
+    diagonal. It costs one backward pass more than the gradient and no tangents, so it is the
+    cheapest curvature here, and any kernel with a gradient allows it. Fed to AdaHessian as
+    ``hessian_diag``, the mean of $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly
+    that with normal probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$:
+    the diagonal itself up to a factor, without the rest of the row that
     `curvax.value_grad_and_ggn_diag` adds.
 
     Args:
@@ -350,28 +363,33 @@ def value_grad_and_ggn_diag_from_outputs(
       2023, Algorithm 2, with the factor $B$ in place of sampled labels.
     """
     check_count("num_probes", num_probes)
+    check_keywords("value_grad_and_ggn_diag_from_outputs", network, ("targets", "key"))
 
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-        batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-        value, grads = _value_and_grad(at, batch_loss, has_aux)
+        point = _linearize(
+            network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
+        )
+        batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+        value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def along(noise: jax.Array) -> tuple[Any, PyTree, PyTree]:
-            cotangent = batch_loss.hessian_factor_vp(at.outputs, noise)
-            pulled = at.vector_jacobian(cotangent.astype(at.outputs.dtype))
-            return value, grads, at.tree.tangent([_square(leaf) for leaf in pulled])
+        def estimate(noise: jax.Array) -> tuple[Any, PyTree, PyTree]:
+            cotangent = batch_loss.hessian_factor_vp(point.outputs, noise)
+            pulled = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
+            return value, grads, point.tree.tangent([_square(leaf) for leaf in pulled])
 
-        return mean_over_probes(along, key, at.outputs, num_probes, distribution)
+        return mean_over_probes(estimate, key, point.outputs, num_probes, distribution)
 
     return value_grad_and_diag
 
 
-def _value_and_grad(at: _Linearization, batch_loss: BatchLoss, has_aux: bool) -> tuple[Any, PyTree]:
-    value, cotangent = jax.value_and_grad(batch_loss.value)(at.outputs)
-    grads = at.tree.tangent(at.vector_jacobian(cotangent))
-    return ((value, at.aux) if has_aux else value), grads
+def _value_and_grad(
+    point: _Linearization, batch_loss: BatchLoss, has_aux: bool
+) -> tuple[Any, PyTree]:
+    value, cotangent = jax.value_and_grad(batch_loss.value)(point.outputs)
+    grads = point.tree.tangent(point.vector_jacobian(cotangent))
+    return ((value, point.aux) if has_aux else value), grads
 
 
 def _square(leaf: jax.Array) -> jax.Array:

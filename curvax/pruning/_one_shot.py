@@ -79,6 +79,7 @@ def prune_one_shot(
     mask: PyTree | None = None,
     per_example: bool = False,
     micro_batch_size: int | None = None,
+    has_aux: bool = False,
     storage: Any = "device",
     progress: bool = True,
     **options: Any,
@@ -102,6 +103,7 @@ def prune_one_shot(
       mask: the weights that are alive.
       per_example: as `collect_gradients` takes it, like the options that follow.
       micro_batch_size: see there.
+      has_aux: see there.
       storage: see there.
       progress: see there.
       **options: the further options of `prune`.
@@ -145,6 +147,7 @@ def prune_one_shot(
                 num_grads,
                 per_example=per_example,
                 micro_batch_size=micro_batch_size,
+                has_aux=has_aux,
                 mask=mask,
                 storage=storage,
                 progress=progress,

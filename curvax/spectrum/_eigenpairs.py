@@ -8,9 +8,9 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
 from curvax._trees import PyTree
+from curvax.curvature._operator import Operator
 from curvax.spectrum._basis import Basis, normalized
 from curvax.spectrum._lanczos import breakdown, finite_product
-from curvax.spectrum._operator import Operator
 
 _CHUNK = 5
 _ROUNDING_OF_PRODUCTS = 10.0

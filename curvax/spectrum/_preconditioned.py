@@ -14,7 +14,7 @@ import numpy as np
 from curvax._checks import check_like, check_range
 from curvax._find import find_mfac, find_node
 from curvax._trees import PyTree, path_name
-from curvax.spectrum._operator import Operator
+from curvax.curvature._operator import Operator
 
 
 def preconditioned(

@@ -281,13 +281,13 @@ class TestDensity:
         operator, _ = hessian()
         options = {"key": KEY, "num_probes": 5, "order": 7, "reorthogonalize": reorthogonalize}
         one = spectrum.spectral_density(operator, **options)
-        several = spectrum.spectral_density(operator, probes_together=together, **options)
+        several = spectrum.spectral_density(operator, probe_batch_size=together, **options)
         assert several.num_products == one.num_products == 35
         for name in ("nodes", "weights"):
             for a, b in zip(getattr(one, name), getattr(several, name), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-9)
 
-    def test_probes_together_go_on_after_one_has_ended(self):
+    def test_probe_batch_size_go_on_after_one_has_ended(self):
         entries = jnp.array([1.0, 1.0, 2.0, 5.0])
         operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(4))
         starts = [jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.ones(4)]
@@ -295,7 +295,7 @@ class TestDensity:
         np.testing.assert_allclose(short.eigh()[0], [1.0])
         np.testing.assert_allclose(long.eigh()[0], [1.0, 2.0, 5.0])
 
-    def test_data_are_gone_through_once_for_probes_together(self):
+    def test_data_are_gone_through_once_for_probe_batch_size(self):
         one, passes = problems.problem(), []
 
         class Stream:
@@ -307,7 +307,7 @@ class TestDensity:
             loss_fn, one.params, Stream(), check_deterministic=False
         )
         passes.clear()
-        spectrum.spectral_density(operator, key=KEY, order=4, num_probes=6, probes_together=3)
+        spectrum.spectral_density(operator, key=KEY, order=4, num_probes=6, probe_batch_size=3)
         assert len(passes) == 8
 
     def test_it_integrates_to_one_and_smooths_the_nodes(self):
@@ -339,7 +339,7 @@ class TestDensity:
             {"num_probes": 0},
             {"bandwidth": 0.0},
             {"grid_size": 0},
-            {"probes_together": 0},
+            {"probe_batch_size": 0},
         ],
     )
     def test_bad_input(self, options):
@@ -386,7 +386,7 @@ class TestTrace:
         operator, _ = hessian()
         options = {"key": KEY, "num_probes": 7, "method": method}
         one = spectrum.trace(operator, **options)
-        several = spectrum.trace(operator, probes_together=3, **options)
+        several = spectrum.trace(operator, probe_batch_size=3, **options)
         np.testing.assert_allclose(several.samples, one.samples, rtol=1e-9, atol=1e-12)
         assert several.num_products == one.num_products
 

@@ -389,12 +389,12 @@ def test_eigenpairs_of_the_tangent_kernel_widen_narrow_params(dtype):
 
 @pytest.mark.parametrize("size", [-1, 0, 2.5])
 def test_the_full_hessian_takes_whole_examples_at_a_time(size):
-    with pytest.raises(ValueError, match="full_batch_size must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="micro_batch_size must be an integer of at least 1"):
         spectrum.batch_size_study(
             lambda p, x: jnp.mean(x * p) ** 2,
             jnp.zeros(()),
             (jnp.ones(4),),
             [2],
             key=jax.random.key(0),
-            full_batch_size=size,
+            micro_batch_size=size,
         )

@@ -167,7 +167,7 @@ class TestBatchSizes:
                 [4, 41],
                 key=jax.random.key(0),
                 num_draws=3,
-                full_batch_size=15,
+                micro_batch_size=15,
                 tolerance=1e-6,
             )
             exact = np.linalg.eigvalsh(problems.dense_hessian(one))

@@ -1,6 +1,7 @@
-"""Symmetric operators on trees: a product, what it takes, and its hand-over to other libraries."""
+"""Symmetric operators on trees: a product, what it takes, and its forms in other libraries."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,23 +12,39 @@ from jax.flatten_util import ravel_pytree
 
 from curvax._checks import check_count, check_like, check_range
 from curvax._trees import PyTree, named_leaves, tree_dot, tree_norm, widen
-from curvax.curvature import random_probe
+from curvax.curvature._probes import Distribution, random_probe
 
 
+class ById:
+    """A part of a tree's structure that is equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@jax.tree_util.register_pytree_node_class
 class Operator:
     r"""A symmetric matrix $A$ known by its products with trees.
 
-    Made by `hessian_operator` and its relatives, or from any symmetric product.
+    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is a
+    tree itself and may be an argument of a jitted function. Its arrays are ``like`` and those of
+    ``product`` where that is a tree, as `jax.tree_util.Partial` is; what a plain function closes
+    over is a constant there.
 
     Args:
       product: ``vector -> A vector``, on trees like ``like``.
       like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
-      products: ``vectors -> [A vector for each]``, for several at once; by default they are taken
-        one after the other.
+      products: ``vectors -> [A vector for each]``, for several at once; by default the method
+        ``products`` of ``product``, or one product after the other where it has none.
 
     Attributes:
       like: that tree, in float32 or wider.
-      size: the number of rows of $A$.
 
     Raises:
       ValueError: if ``like`` has no entries, or leaves that are not real.
@@ -56,11 +73,32 @@ class Operator:
                     f"{name}: leave the leaf out, with select where that is offered."
                 )
         self.like = jax.tree.map(widen, like)
-        self.size = sum(leaf.size for leaf in jax.tree.leaves(like))
+        self._product = product
+        self._products = products or getattr(product, "products", None)
         if not self.size:
             raise ValueError("an operator needs vectors with at least one entry.")
-        self._product = product
-        self._products = products
+
+    @property
+    def size(self) -> int:
+        """The number of rows of $A$."""
+        return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(self.like))
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """The operator as a tree: ``like``, and the product where it has arrays."""
+        if jax.tree_util.all_leaves([self._product]):
+            return (self.like, None), (ById(self._product), ById(self._products))
+        return (self.like, self._product), None
+
+    @classmethod
+    def tree_unflatten(cls, functions: Any, children: tuple[Any, ...]) -> "Operator":
+        """The operator again, unchecked: the arrays may be traced."""
+        operator = object.__new__(cls)
+        operator.like, operator._product = children
+        if functions is None:
+            operator._products = getattr(operator._product, "products", None)
+        else:
+            operator._product, operator._products = (one.value for one in functions)
+        return operator
 
     def __call__(self, vector: PyTree) -> PyTree:
         """$A v$, in float32 or wider."""
@@ -79,7 +117,7 @@ class Operator:
     def _cast(self, vector: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), vector, self.like)
 
-    def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
+    def random_vector(self, key: jax.Array, distribution: Distribution = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""
         leaves, treedef = jax.tree.flatten(self.like)
         shardings = tuple(_named_sharding(leaf) for leaf in leaves)
@@ -157,7 +195,7 @@ def check_symmetric(
 
 
 def in_groups(items: jax.Array, size: int) -> Iterator[jax.Array]:
-    """Consecutive groups of so many items, the last of what is left."""
+    """Consecutive groups of ``size`` items; the last may be smaller."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
