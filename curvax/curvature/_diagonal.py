@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_count
+from curvax._checks import check_choice, check_count, check_keywords
 from curvax._trees import PyTree, is_inexact, widen
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import Mode, value_grad_and_hvp
@@ -69,6 +69,7 @@ def value_grad_and_hessian_diag(
     """
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_keywords("value_grad_and_hessian_diag", fun, ("key",))
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
     def value_grad_and_diag(

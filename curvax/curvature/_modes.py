@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 
-from curvax._checks import check_choice
+from curvax._checks import check_choice, is_traced
+from curvax.curvature._compiled import Static
 
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
 JacobianMode = Literal["forward_over_reverse", "reverse_over_reverse"]
@@ -32,6 +35,41 @@ def explained(mode: str, *, finite_differences: bool = True) -> Iterator[None]:
         if isinstance(error, NoRuleError) or not _NO_RULE.search(str(error)):
             raise
         raise NoRuleError(_advice(mode, finite_differences)) from error
+
+
+def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
+    """``fun(*args)``, with an error at once where its graph would fail when it is compiled.
+
+    Under ``jax.jit`` JAX refuses the forward mode of a custom_vjp function only then. Outside of
+    it, that is when an operation is called.
+    """
+    if not any(map(is_traced, jax.tree.leaves(args))):
+        return fun(*args)
+    rest: list[Static] = []
+
+    def arrays(*args: Any) -> list[Any]:
+        found, static = Static.split(fun(*args))
+        rest.append(static)
+        return found
+
+    graph = jax.make_jaxpr(arrays)(*args)
+    check_graph(graph.jaxpr)
+    outputs = jax.extend.core.jaxpr_as_fun(graph)(*jax.tree.leaves(args))
+    return rest[-1].merge(outputs)
+
+
+def check_graph(graph: Any) -> None:
+    """Raises if a graph has the forward mode of a function that has none."""
+    for equation in graph.eqns:
+        if equation.primitive.name == "custom_lin":
+            raise TypeError("forward-mode differentiation of a custom_vjp function")
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_graph):
+            if _is_graph(inner):
+                check_graph(getattr(inner, "jaxpr", inner))
+
+
+def _is_graph(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 class NoRuleError(ValueError):
@@ -64,10 +102,11 @@ def linearized(
     with explained(mode, finite_differences=False):
         if mode == "forward_over_reverse":
             outputs, pushforward, aux = jax.linearize(fun, point, has_aux=True)
+            check_graph(jax.make_jaxpr(pushforward)(point).jaxpr)
             transposed = jax.linear_transpose(pushforward, point)
             return outputs, aux, pushforward, lambda cotangent: transposed(cotangent)[0]
         outputs, pullback, aux = jax.vjp(fun, point, has_aux=True)
-    zeros = jax.numpy.zeros_like(outputs)
+    zeros = jnp.zeros_like(outputs)
 
     def vector_jacobian(cotangent: jax.Array) -> Any:
         return pullback(cotangent)[0]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_keywords, check_like, scalar_loss
 from curvax._trees import Differentiable, Leaves, PyTree, tree_norm, widen
-from curvax.curvature._modes import MODES, Mode, explained
+from curvax.curvature._modes import MODES, Mode, check_graph, explained, through_graph
 
 __all__ = ["Mode", "hvp", "linearized_hvp", "value_grad_and_hvp"]
 
@@ -194,6 +194,7 @@ def linearized_hvp(
     with explained(mode):
         if mode == "forward_over_reverse":
             pushforward = jax.linearize(gradient, leaves)[1]
+            check_graph(jax.make_jaxpr(pushforward)(leaves).jaxpr)
         elif mode == "reverse_over_reverse":
             pullback = jax.vjp(gradient, leaves)[1]
 
@@ -235,9 +236,10 @@ def _forward_over_reverse(
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(point)
         return (value, grads), aux
 
-    (value, grads), (_, product), aux = jax.jvp(
-        value_and_grad, (leaves,), (tangents,), has_aux=True
-    )
+    def of_tangents(leaves: Leaves, tangents: Leaves) -> Any:
+        return jax.jvp(value_and_grad, (leaves,), (tangents,), has_aux=True)
+
+    (value, grads), (_, product), aux = through_graph(of_tangents, leaves, tangents)
     return value, aux, grads, product
 
 
