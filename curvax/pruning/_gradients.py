@@ -11,7 +11,7 @@ import numpy as np
 
 from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._progress import progress_bar
-from curvax._trees import Differentiable, PyTree, path_name, wide_dtype, widen
+from curvax._trees import Differentiable, PyTree, is_inexact, path_name, wide_dtype, widen
 from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.fisher._window import insert_row, stacked_zeros
@@ -221,7 +221,9 @@ def _storage(
 
 def _rows_of_zeros(leaf: Any, number: int) -> jax.Array:
     dtype = jax.dtypes.canonicalize_dtype(wide_dtype(leaf))
-    return stacked_zeros(leaf, number, dtype) if leaf.size else jnp.zeros((number, *leaf.shape))
+    if jnp.size(leaf) and is_inexact(leaf):
+        return stacked_zeros(leaf, number, dtype)
+    return jnp.zeros((number, *jnp.shape(leaf)), dtype)
 
 
 def _arrays(
