@@ -341,7 +341,10 @@ def _sample_moments(
     whole = options.num_probes // batch * batch
 
     def step(moments: _Moments, keys: jax.Array) -> tuple[_Moments, Any]:
-        samples, kept = jax.vmap(sample)(keys)
+        if len(keys) == 1:  # some kernels have no vmap
+            samples, kept = jax.tree.map(lambda x: x[jnp.newaxis], sample(keys[0]))
+        else:
+            samples, kept = jax.vmap(sample)(keys)
         return moments.add(samples, len(keys)), kept
 
     batches = keys[:whole].reshape(whole // batch, batch, *keys.shape[1:])

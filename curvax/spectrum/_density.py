@@ -29,10 +29,10 @@ class SpectralDensity(NamedTuple):
       nodes: a list of arrays, the Ritz values of each probe.
       weights: a list of arrays, their weights, which sum to one for each probe.
       bandwidth: the standard deviation of the Gaussian that smooths.
-      wasserstein_error: an upper estimate of the distance to the true density, in units of
-        eigenvalues: the spread over probes (the 97.5 % quantile of bootstrap resamples), and the
-        range of the nodes divided by the order for the truncation. Infinite for a single probe.
-      num_matvecs: the number of products with the operator.
+      wasserstein_error: an estimated bound on the distance to the true density, in units of
+        eigenvalues: the spread over probes (97.5 % of bootstrap resamples), and the range of the
+        nodes divided by the order for the truncation. Infinite for a single probe.
+      num_matvecs: the number of matrix-vector products.
     """
 
     grid: np.ndarray

@@ -31,7 +31,7 @@ class Lanczos(NamedTuple):
       off_diagonal: $\beta_1, \dots, \beta_{k-1}$, of shape (k - 1,).
       residual: $\beta_k$, the length of what is left; zero where the Krylov space was exhausted,
         so that the eigenvalues of $T$ are exact.
-      num_matvecs: the number of products with the operator.
+      num_matvecs: the number of matrix-vector products.
     """
 
     diagonal: np.ndarray

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_range, check_real, check_size
+from curvax._checks import check_choice, check_range, check_real, check_size
 from curvax._trees import PyTree, has_holes, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
+from curvax.curvature._modes import MODES, Mode
 from curvax.fisher import DenseWindow
 
 
@@ -40,17 +41,18 @@ def track_sharpness(
     learning_rate: optax.ScalarOrSchedule,
     *,
     every: int = 1,
-    num_products: int = 4,
+    num_matvecs: int = 4,
     trace_decay: float = 0.9,
     from_outside: bool = False,
+    mode: Mode = "forward_over_reverse",
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measures the Hessian's largest eigenvalue on the way, and hands updates on as they are.
 
     Every ``every`` steps the largest Ritz value of a few Lanczos steps is taken, started from the
     Ritz vector of the last time: along a run the top eigenvector turns slowly, and the value
-    catches up within a few measurements. The cost of a measurement is ``num_products + 1``
-    Hessian-vector products, about ``2 num_products + 2`` gradients: with ``every=50`` and the
+    catches up within a few measurements. The cost of a measurement is ``num_matvecs + 1``
+    Hessian-vector products, about ``2 num_matvecs + 2`` gradients: with ``every=50`` and the
     defaults a fifth of a step. It is the sharpness of the loss that it is given: of the batch's, if
     ``obj_fn`` is that.
 
@@ -61,10 +63,11 @@ def track_sharpness(
     Args:
       learning_rate: that of the chain, a number or a schedule.
       every: steps from one measurement to the next.
-      num_products: Lanczos steps of a measurement; more where the top eigenvalues are close.
+      num_matvecs: Lanczos steps of a measurement; more where the top eigenvalues are close.
       trace_decay: decay of the average of the trace, which has one probe a measurement.
       from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
         direction is kept.
+      mode: how products are taken, see `curvax.value_grad_and_hvp`.
       key: a PRNG key; ``jax.random.key(0)`` by default.
 
     Returns:
@@ -90,7 +93,8 @@ def track_sharpness(
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
     check_size("every", every)
-    check_size("num_products", num_products)
+    check_choice("mode", mode, MODES)
+    check_size("num_matvecs", num_matvecs)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
@@ -138,8 +142,8 @@ def track_sharpness(
             )
 
         def measure(state: TrackSharpnessState) -> TrackSharpnessState:
-            product = _wide_product(obj_fn, params)
-            value, direction = _ritz(product, state.direction, num_products)
+            product = _wide_product(obj_fn, params, mode)
+            value, direction = _ritz(product, state.direction, num_matvecs)
             probe_key = jax.random.fold_in(state.probe_key, state.steps_seen)
             probe = random_probe(probe_key, state.direction)
             sample = tree_dot(probe, product(probe)).astype(jnp.float32)
@@ -179,9 +183,9 @@ def _unit(vector: PyTree) -> PyTree:
 
 
 def _wide_product(
-    obj_fn: Callable[[PyTree], jax.Array], params: PyTree
+    obj_fn: Callable[[PyTree], jax.Array], params: PyTree, mode: Mode
 ) -> Callable[[PyTree], PyTree]:
-    product = linearized_hvp(obj_fn, params)
+    product = linearized_hvp(obj_fn, params, mode=mode)
 
     def wide(vector: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), product(vector), vector)

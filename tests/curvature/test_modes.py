@@ -1,4 +1,4 @@
-"""Kernels without a forward-mode rule: one error everywhere that a product is taken, one way out."""
+"""Kernels without a forward-mode rule: one error wherever a product is taken, one way out."""
 
 import jax
 import jax.numpy as jnp

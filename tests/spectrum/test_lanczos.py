@@ -72,7 +72,7 @@ class TestLanczos:
 
     def test_more_steps_than_rows_are_not_made(self):
         result = spectrum.lanczos(diagonal([1.0, 2.0]), jnp.ones(2), 50)
-        assert result.num_products == 2
+        assert result.num_matvecs == 2
 
     def test_a_zero_operator_has_the_eigenvalue_zero(self):
         result = spectrum.lanczos(diagonal(np.zeros(4)), jnp.ones(4), 3)
@@ -169,7 +169,7 @@ class TestEigenpairs:
         entries = jnp.linspace(0, 0.1, 10**6, dtype=jnp.float32).at[0].set(100)
         operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(10**6, jnp.float32))
         result = spectrum.lanczos(operator, operator.random_vector(KEY), 16)
-        assert result.num_products == 16
+        assert result.num_matvecs == 16
         assert result.residual > 0
         pairs = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-2)
         np.testing.assert_allclose(pairs.values, [100, 0.1], rtol=1e-2)
@@ -282,7 +282,7 @@ class TestDensity:
         options = {"key": KEY, "num_probes": 5, "order": 7, "reorthogonalize": reorthogonalize}
         one = spectrum.spectral_density(operator, **options)
         several = spectrum.spectral_density(operator, probe_batch_size=together, **options)
-        assert several.num_products == one.num_products == 35
+        assert several.num_matvecs == one.num_matvecs == 35
         for name in ("nodes", "weights"):
             for a, b in zip(getattr(one, name), getattr(several, name), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-9)
@@ -388,7 +388,7 @@ class TestTrace:
         one = spectrum.trace(operator, **options)
         several = spectrum.trace(operator, probe_batch_size=3, **options)
         np.testing.assert_allclose(several.samples, one.samples, rtol=1e-9, atol=1e-12)
-        assert several.num_products == one.num_products
+        assert several.num_matvecs == one.num_matvecs
 
     @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
     def test_of_a_zero_operator_it_is_zero(self, method):
