@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_count, check_like
 from curvax._trees import Differentiable, Leaves, PyTree
+from curvax.curvature._batch_loss import BatchLoss
 from curvax.curvature._diagonal import mean_over_probes
-from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
+from curvax.curvature._losses import LOSSES, OutputLoss, convex_loss
 from curvax.curvature._probes import Distribution, times_probe
 from curvax.curvature._products import cast_like
 
@@ -94,14 +95,14 @@ def ggn_vp(
       network: ``network(params, inputs, **kwargs)`` that returns an array of outputs of
         shape ``(*examples, C)``, or ``(outputs, aux)`` with ``has_aux``.
       loss: ``"softmax_cross_entropy"`` (targets are integer labels or probabilities),
-        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss`, or any
-        function ``(outputs, target) -> scalar`` of one example that is convex in the
-        outputs.
+        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss` such as these two
+        under their names in `curvax`, or any function ``(outputs, target) -> scalar`` of one
+        example that is convex in the outputs.
       params: a tree of arrays.
       tangent: a tree like ``params``, the vector.
       inputs: what ``network`` takes; it gets no tangent.
-      targets: an array with the outputs' example axes first; the two named losses do not
-        need it for products.
+      targets: an array with the outputs' example axes first, or `curvax.WeightedTargets` of
+        one; the two named losses do not need it for products.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
       **kwargs: keyword arguments of ``network``.
 
@@ -370,7 +371,7 @@ def value_grad_and_ggn_diag_from_outputs(
 
 def _value_and_grad(at: _Linearization, batch_loss: BatchLoss, has_aux: bool) -> tuple[Any, PyTree]:
     value, cotangent = jax.value_and_grad(batch_loss.value)(at.outputs)
-    grads = at.tree.tangent(at.vector_jacobian(cotangent))
+    grads = at.tree.tangent(at.vector_jacobian(cotangent.astype(at.outputs.dtype)))
     return ((value, at.aux) if has_aux else value), grads
 
 
