@@ -9,61 +9,21 @@ and stored values.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_count, check_keywords, check_like
-from curvax._trees import Differentiable, Leaves, PyTree
+from curvax._trees import PyTree
+from curvax.curvature._batch_loss import BatchLoss
 from curvax.curvature._diagonal import mean_over_probes
-from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
-from curvax.curvature._modes import MODES, JacobianMode, linearized
+from curvax.curvature._jacobian import Linearization, Network, linearize_network
+from curvax.curvature._losses import LOSSES, OutputLoss, convex_loss
+from curvax.curvature._modes import MODES, JacobianMode
 from curvax.curvature._probes import Distribution, times_probe
-from curvax.curvature._products import cast_like
 
-Network = Callable[..., Any]
 Loss = str | OutputLoss | Callable[[jax.Array, Any], jax.Array]
-
-
-class _Linearization(NamedTuple):
-    """A network at one point: its outputs, and its Jacobian from both sides."""
-
-    tree: Differentiable
-    outputs: jax.Array
-    aux: Any
-    jacobian_vp: Callable[[Leaves], jax.Array]
-    vector_jacobian: Callable[[jax.Array], Leaves]
-
-    def tangents(self, tangent: PyTree) -> Leaves:
-        leaves = self.tree.select(jax.tree.leaves(tangent))
-        return cast_like(leaves, self.tree.select(self.tree.leaves))
-
-
-def _linearize(
-    network: Network,
-    params: PyTree,
-    inputs: Any,
-    kwargs: dict[str, Any],
-    *,
-    has_aux: bool,
-    mode: JacobianMode,
-) -> _Linearization:
-    tree = Differentiable.of(params)
-    leaves = tree.select(tree.leaves)
-
-    def outputs_and_aux(point: Leaves) -> tuple[jax.Array, Any]:
-        result = network(tree.params(point), inputs, **kwargs)
-        outputs, aux = result if has_aux else (result, None)
-        if isinstance(outputs, tuple | list | dict):
-            raise ValueError(
-                f"the network must return one array of outputs, got a "
-                f"{type(outputs).__name__}; if it returns (outputs, aux), pass has_aux=True."
-            )
-        return outputs, aux
-
-    outputs, aux, jacobian_vp, vector_jacobian = linearized(outputs_and_aux, leaves, mode)
-    return _Linearization(tree, outputs, aux, jacobian_vp, vector_jacobian)
 
 
 def _output_loss(loss: Loss) -> OutputLoss:
@@ -101,14 +61,14 @@ def ggn_vp(
       network: ``network(params, inputs, **kwargs)`` that returns an array of outputs of
         shape ``(*examples, C)``, or ``(outputs, aux)`` with ``has_aux``.
       loss: ``"softmax_cross_entropy"`` (targets are integer labels or probabilities),
-        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss`, or any
-        function ``(outputs, target) -> scalar`` of one example that is convex in the
-        outputs.
+        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss` such as these two
+        under their names in `curvax`, or any function ``(outputs, target) -> scalar`` of one
+        example that is convex in the outputs.
       params: a tree of arrays.
       tangent: a tree like ``params``, the vector.
       inputs: what ``network`` takes; it gets no tangent.
-      targets: an array with the outputs' example axes first; the two named losses do not
-        need it for products.
+      targets: an array with the outputs' example axes first, or `curvax.WeightedTargets` of
+        one; the two named losses do not need it for products.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
       mode: ``"forward_over_reverse"`` takes $J t$ by forward mode; ``"reverse_over_reverse"`` by
         two vector-Jacobian products, for a network with a kernel that has no forward-mode rule.
@@ -135,7 +95,7 @@ def ggn_vp(
       descent](https://doi.org/10.1162/08997660260028683), 2002.
     """
     check_keywords("ggn_vp", network, ("targets", "has_aux", "mode"))
-    point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
     return _outer_product_vp(point, loss, params, tangent, targets, BatchLoss.hessian_vp)
 
 
@@ -214,12 +174,12 @@ def fisher_vp(
         )
     product = BatchLoss.empirical_vp if empirical else BatchLoss.hessian_vp
     check_keywords("fisher_vp", network, ("targets", "empirical", "has_aux", "mode"))
-    point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
     return _outer_product_vp(point, loss, params, tangent, targets, product)
 
 
 def _outer_product_vp(
-    point: _Linearization,
+    point: Linearization,
     loss: Loss,
     params: PyTree,
     tangent: PyTree,
@@ -291,7 +251,7 @@ def value_grad_and_ggn_diag(
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        point = _linearize(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+        point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
         batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
         value, grads = _value_and_grad(point, batch_loss, has_aux)
 
@@ -368,7 +328,7 @@ def value_grad_and_ggn_diag_from_outputs(
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        point = _linearize(
+        point = linearize_network(
             network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
         )
         batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
@@ -385,10 +345,10 @@ def value_grad_and_ggn_diag_from_outputs(
 
 
 def _value_and_grad(
-    point: _Linearization, batch_loss: BatchLoss, has_aux: bool
+    point: Linearization, batch_loss: BatchLoss, has_aux: bool
 ) -> tuple[Any, PyTree]:
     value, cotangent = jax.value_and_grad(batch_loss.value)(point.outputs)
-    grads = point.tree.tangent(point.vector_jacobian(cotangent))
+    grads = point.tree.tangent(point.vector_jacobian(cotangent.astype(point.outputs.dtype)))
     return ((value, point.aux) if has_aux else value), grads
 
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import jax
 import jax.extend
-import jax.numpy as jnp
 
-from curvax._checks import check_choice, is_traced
+from curvax._checks import is_traced
 from curvax.curvature._compiled import Static
 
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
@@ -89,30 +88,3 @@ def _advice(mode: str, finite_differences: bool) -> str:
         "the backward pass of an operation of the loss or network, such as a kernel, has no "
         f'derivative of its own, which mode="{mode}" needs{advice}.'
     )
-
-
-def linearized(
-    fun: Callable[[Any], tuple[jax.Array, Any]], point: Any, mode: JacobianMode
-) -> tuple[jax.Array, Any, Callable[[Any], jax.Array], Callable[[jax.Array], Any]]:
-    r"""Outputs and aux of ``fun``, and its Jacobian from both sides, $t \mapsto J t$ and $J^T u$.
-
-    In reverse mode $J t$ is the transpose of $u \mapsto J^T u$: its own vector-Jacobian product.
-    """
-    check_choice("mode", mode, MODES[:2])
-    with explained(mode, finite_differences=False):
-        if mode == "forward_over_reverse":
-            outputs, pushforward, aux = jax.linearize(fun, point, has_aux=True)
-            check_graph(jax.make_jaxpr(pushforward)(point).jaxpr)
-            transposed = jax.linear_transpose(pushforward, point)
-            return outputs, aux, pushforward, lambda cotangent: transposed(cotangent)[0]
-        outputs, pullback, aux = jax.vjp(fun, point, has_aux=True)
-    zeros = jnp.zeros_like(outputs)
-
-    def vector_jacobian(cotangent: jax.Array) -> Any:
-        return pullback(cotangent)[0]
-
-    def jacobian_vector(tangent: Any) -> jax.Array:
-        with explained(mode, finite_differences=False):
-            return jax.vjp(vector_jacobian, zeros)[1](tangent)[0]
-
-    return outputs, aux, jacobian_vector, vector_jacobian

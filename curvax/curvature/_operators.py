@@ -8,7 +8,8 @@ from curvax._checks import check_choice, scalar_loss
 from curvax._trees import Differentiable, Leaves, PyTree, Select
 from curvax.curvature._batch_mean import BatchWeight, CompiledProduct, over_batches
 from curvax.curvature._compiled import compiled_once
-from curvax.curvature._gauss_newton import Loss, Network, fisher_vp, ggn_vp
+from curvax.curvature._gauss_newton import Loss, fisher_vp, ggn_vp
+from curvax.curvature._jacobian import Network
 from curvax.curvature._modes import MODES, JacobianMode, Mode
 from curvax.curvature._operator import Operator
 from curvax.curvature._products import hvp
@@ -110,7 +111,8 @@ def ggn_operator(
       network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
       loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it.
+      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. Where
+        targets have weights, ``batch_weight`` should give their sum.
       select: as `hessian_operator` takes it.
       batch_weight: see there.
       linearize: see there.

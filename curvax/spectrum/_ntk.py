@@ -17,7 +17,8 @@ from curvax._checks import check_choice, check_count, warn_of_batch_stats
 from curvax._trees import Differentiable, PyTree, tree_norm, widen
 from curvax.curvature._batches import num_examples, parts
 from curvax.curvature._compiled import compiled_once
-from curvax.curvature._modes import MODES, JacobianMode, linearized
+from curvax.curvature._jacobian import linearized
+from curvax.curvature._modes import MODES, JacobianMode
 
 
 class KernelEigenpairs(NamedTuple):
