@@ -66,7 +66,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {names}, got {value!r}.")
 
 
-def check_like(name: str, tree: PyTree, params: PyTree) -> None:
+def check_like(name: str, tree: PyTree, params: PyTree, whose: str = "params") -> None:
     """Raises unless ``tree`` has a leaf of the same shape for each leaf of ``params``."""
     ours = jax.tree_util.tree_leaves_with_path(tree)
     theirs = jax.tree_util.tree_leaves_with_path(params)
@@ -74,8 +74,8 @@ def check_like(name: str, tree: PyTree, params: PyTree) -> None:
         found, wanted = _describe(one), _describe(other)
         if found != wanted:
             raise ValueError(
-                f"{name} must match params leaf for leaf: at the first difference "
-                f"{name} has {found}, params has {wanted}."
+                f"{name} must match {whose} leaf for leaf: at the first difference "
+                f"{name} has {found}, {whose} has {wanted}."
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-import jax.extend
+from jax.extend.core import jaxpr_as_fun
 
 from curvax._checks import is_traced
 from curvax.curvature._compiled import Static
@@ -53,7 +53,7 @@ def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
 
     graph = jax.make_jaxpr(arrays)(*args)
     check_graph(graph.jaxpr)
-    outputs = jax.extend.core.jaxpr_as_fun(graph)(*jax.tree.leaves(args))
+    outputs = jaxpr_as_fun(graph)(*jax.tree.leaves(args))
     return rest[-1].merge(outputs)
 
 

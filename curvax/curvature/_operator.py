@@ -102,7 +102,7 @@ class Operator:
 
     def __call__(self, vector: PyTree) -> PyTree:
         """$A v$, in float32 or wider."""
-        check_like("the vector", vector, self.like)
+        check_like("the vector", vector, self.like, "operator.like")
         return self._cast(self._product(self._cast(vector)))
 
     def products(self, vectors: Sequence[PyTree]) -> list[PyTree]:
@@ -110,7 +110,7 @@ class Operator:
         if len(vectors) == 1 or self._products is None:
             return [self(vector) for vector in vectors]
         for vector in vectors:
-            check_like("a vector", vector, self.like)
+            check_like("a vector", vector, self.like, "operator.like")
         images = self._products([self._cast(vector) for vector in vectors])
         return [self._cast(image) for image in images]
 

@@ -19,6 +19,8 @@ Distribution = Literal["rademacher", "normal"]
 
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
     """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
+    # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not move
+    # the conversion behind the collective, and where a weight will be gathered is not known here.
     bits = jax.random.bits(key, shape, jnp.uint8, out_sharding=out_sharding)
     return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
 

@@ -409,6 +409,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the vector must match"):
             operator(jnp.zeros(4))
 
+    @pytest.mark.parametrize("start", [{"a": jnp.ones(2)}, {"a": jnp.ones(3), "b": jnp.ones(2)}])
+    def test_a_start_that_does_not_match(self, start):
+        operator = spectrum.Operator(lambda v: v, {"a": jnp.ones(2), "b": jnp.ones(2)})
+        with pytest.raises(ValueError, match=r"start must match operator.like.*start has"):
+            spectrum.top_eigenpairs(operator, 1, key=jax.random.key(0), start=start)
+
     def test_batches_that_change_from_pass_to_pass_cause_a_warning(self):
         key = [jax.random.key(0)]
 
