@@ -9,6 +9,7 @@ The spectrum of a loss's curvature: `curvax.spectrum`.
 """
 
 from curvax import pruning, spectrum
+from curvax._layouts import KernelLayout
 from curvax.curvature import (
     DiagEstimate,
     OutputLoss,
@@ -37,6 +38,7 @@ from curvax.optimizers import (
     ScaleByMfacState,
     accumulate_hessian_diag,
     adahessian,
+    averaging_table,
     hutchinson_estimator,
     merge_masked,
     mfac,
@@ -54,6 +56,7 @@ __all__ = [
     "Block",
     "DiagEstimate",
     "HutchinsonEstimatorState",
+    "KernelLayout",
     "OutputLoss",
     "RefreshState",
     "ScaleByAdaHessianState",
@@ -61,6 +64,7 @@ __all__ = [
     "TraceEstimate",
     "accumulate_hessian_diag",
     "adahessian",
+    "averaging_table",
     "convex_loss",
     "fisher_vp",
     "ggn_vp",
