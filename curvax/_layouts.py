@@ -138,8 +138,13 @@ def is_no_kernel(path: str, rank: int) -> bool:
 _CONV = {"conv", "convs", "convolution", "deconv", "dwconv", "upconv", "downconv"}
 _DENSE = {"dense", "linear", "fc"}
 _STACK = {"expert", "experts", "moe", "ensemble"}
-_NOT_CONV = {"attention", "attn", "att", "mha", "mhsa", "multihead", "einsum", "mlp", "ffn"}
+_NOT_CONV = {
+    *{"attention", "attn", "att", "mha", "mhsa", "multihead", "einsum", "general", "lora"},
+    *{"mlp", "ffn", "wi", "wo", "pos", "position", "positional", "rel", "relative", *_DENSE},
+}
 _PROJECTIONS = {"query", "key", "value", "qkv", "kv", "q", "k", "v"}
+_OUTPUTS = {"out", "output", "proj", "projection"}  # of heads, or a convolution of odd width
+_PATCHES = {"patch", "patches", "embed", "embedding", "embeddings"}
 _NORM = {"norm", "ln", "bn", "gn", "layernorm", "batchnorm", "groupnorm", "rmsnorm"}
 _EMBEDDING = {"embed", "embedding", "embeddings", "emb", "wte", "wpe", "pos", "position"}
 _NO_KERNEL = {
@@ -164,10 +169,11 @@ def _names(path: str) -> tuple[str, list[str]]:
     Indices of lists and wrappers add nothing, and the convolutions of a ConvLSTM are called as
     the cell is.
     """
-    *modules, name = re.split(r"[/.]", path)
-    if modules and name in _TRANSPARENT:
-        name = modules.pop()
-    modules = [m for m in reversed(modules) if not m.isdigit() and m not in _WRAPPERS]
+    parts = [part for part in re.split(r"[/.]", path) if not part.isdigit()] or [path]
+    if len(parts) > 1 and parts[-1] in _TRANSPARENT:
+        parts.pop()
+    *modules, name = parts
+    modules = [module for module in reversed(modules) if module not in _WRAPPERS]
     if len(modules) > 1 and modules[0] in _GATES and _words(modules[1]) & _CONV:
         modules.pop(0)
     return name, modules
@@ -200,9 +206,9 @@ def _guess(preset: str, path: str, shape: Shape, all_known: bool = False) -> str
     stacked = 0 if all_known else _stacked_by_transforms(modules, len(shape))
     lead, rest = "L" * stacked, shape[stacked:]
     out_first = preset == "out_first"
-    if not (_is_called_kernel(name) or _is_called_weight(name) or "lora" in _words(name)):
+    if not (_is_called_kernel(name) or _is_called_weight(name)):
         modules = [name, *modules]
-        if preset == "auto":
+        if preset == "auto" and "lora" not in _words(name):
             return lead + _nameless(_words(" ".join(modules[:2])), rest)
     elif preset == "auto" and "weight" in name:
         out_first = not _is_in_first(rest)
@@ -241,7 +247,8 @@ def _by_name(module: set[str], modules: list[str], rank: int, out_first: bool) -
     dims = re.search(r"conv_?([123])_?d(?:lstm)?(?![a-z])", inner.lower())
     if dims and int(dims[1]) <= rank - 2:
         return "L" * (rank - 2 - int(dims[1])) + _conv(int(dims[1]), out_first)
-    if module & _CONV:
+    stack = _is_stack(modules)
+    if module & _CONV and not (rank == 3 and stack):
         return _conv(1, out_first) if rank == 3 else None
     if re.search(_LINEN_ATTENTION, outer) and inner in {"query", "key", "value", "out"}:
         heads = "IIO" if inner == "out" else "IOO"  # (in, heads, head_dim) and back
@@ -249,28 +256,34 @@ def _by_name(module: set[str], modules: list[str], rank: int, out_first: bool) -
     if module & _DENSE and "general" not in module:
         return "L" * (rank - 2) + matrix
     if rank == 3:
-        stacked = any(_words(each) & _STACK for each in modules) and "einsum" not in module
-        return "L" + matrix if stacked else "???"
+        return "L" + matrix if stack and not module & {*_CONV, "einsum"} else "???"
     return None
 
 
 def _by_shape(module: set[str], modules: list[str], shape: Shape, out_first: bool) -> str:
     """Letters of a kernel of four and more axes, ``?`` where another reading is as likely."""
     rank, called = len(shape), bool(module & _CONV)
-    near = _words(" ".join(modules[:2]))
-    stack = any(_words(each) & _STACK for each in modules)
-    if not called and (near & _NOT_CONV or module & _PROJECTIONS or stack):
-        return "?" * rank
+    near, stack = _words(" ".join(modules[:2])), _is_stack(modules)
     first, second = window = shape[-2:] if out_first else shape[-4:-2]
-    patches = bool(near & {"patch", "patches", *_EMBEDDING})
-    if first == second and (called or patches or first <= _LARGEST_WINDOW):
+    patches = bool(near & _PATCHES)
+    heads = module & _PROJECTIONS or (module & _OUTPUTS and first % 2 == 0 and not patches)
+    if not called and (near & _NOT_CONV or heads or stack):
+        return "?" * rank
+    square = first == second and (called or patches or first <= _LARGEST_WINDOW)
+    if square and not (rank == 4 and stack):
         return _square(shape, out_first)
     if not called:
         return "?" * rank
     if out_first:
         return "?" * (rank - 1) + "W"
     # An axis of one entry may be averaged whatever it is.
-    return _conv(2, False) if rank == 4 and 1 in window else "?" * (rank - 3) + "WIO"
+    flat = rank == 4 and 1 in window and not stack
+    return _conv(2, False) if flat else "?" * (rank - 3) + "WIO"
+
+
+def _is_stack(modules: list[str]) -> bool:
+    """Whether a module is called one of several: experts, members of an ensemble."""
+    return any(_words(module) & _STACK for module in modules)
 
 
 def _square(shape: Shape, out_first: bool) -> str:
