@@ -91,10 +91,12 @@ def _known_layout(leaf: Leaf, structure: Structure) -> KernelLayout:
     layout = leaf.layout
     if layout is None or layout.unknown or not (layout.fan_in and layout.fan_out):
         found = layout.letters if layout else "no kernel"
+        letters = "IO".rjust(len(leaf.shape), "L")
         raise ValueError(
             f"{structure} needs the axes of fan-in and outputs, and {leaf.path} of shape "
-            f"{leaf.shape} is taken for {found!r}: name them with layout={{{leaf.path!r}: 'IO'}}, "
-            "for (fan-in, outputs) here, or leave the leaf out with predicate."
+            f"{leaf.shape} is taken for {found!r}: name them, with layout={{{leaf.path!r}: "
+            f"{letters!r}}} for (stacked axes, fan-in, outputs), or leave the leaf out with "
+            "predicate."
         )
     return layout
 
