@@ -9,6 +9,7 @@ The spectrum of a loss's curvature: `curvax.spectrum`.
 """
 
 from curvax import pruning, spectrum
+from curvax._layouts import KernelLayout
 from curvax.curvature import (
     DiagEstimate,
     OutputLoss,
@@ -40,6 +41,7 @@ from curvax.optimizers import (
     ScaleByMfacState,
     accumulate_hessian_diag,
     adahessian,
+    averaging_table,
     hutchinson_estimator,
     merge_masked,
     mfac,
@@ -57,6 +59,7 @@ __all__ = [
     "Block",
     "DiagEstimate",
     "HutchinsonEstimatorState",
+    "KernelLayout",
     "OutputLoss",
     "RefreshState",
     "ScaleByAdaHessianState",
@@ -65,6 +68,7 @@ __all__ = [
     "WeightedTargets",
     "accumulate_hessian_diag",
     "adahessian",
+    "averaging_table",
     "convex_loss",
     "fisher_vp",
     "ggn_vp",
