@@ -16,12 +16,14 @@ from curvax.curvature import (
     TraceEstimate,
     convex_loss,
     fisher_vp,
+    from_state,
     ggn_vp,
     hessian_diag,
     hessian_trace,
     hvp,
     linearized_hvp,
     random_probe,
+    refresh_due,
     value_grad_and_ggn_diag,
     value_grad_and_ggn_diag_from_outputs,
     value_grad_and_hessian_diag,
@@ -45,6 +47,7 @@ from curvax.optimizers import (
     scale_by_mfac,
     state_bytes,
     state_shardings,
+    without_curvature,
 )
 
 __version__ = "0.1.0"
@@ -63,6 +66,7 @@ __all__ = [
     "adahessian",
     "convex_loss",
     "fisher_vp",
+    "from_state",
     "ggn_vp",
     "hessian_diag",
     "hessian_trace",
@@ -75,6 +79,7 @@ __all__ = [
     "mfac_ihvp",
     "pruning",
     "random_probe",
+    "refresh_due",
     "scale_by_adahessian",
     "scale_by_mfac",
     "spectrum",
@@ -85,4 +90,5 @@ __all__ = [
     "value_grad_and_hessian_diag",
     "value_grad_and_hessian_diag_from_state",
     "value_grad_and_hvp",
+    "without_curvature",
 ]

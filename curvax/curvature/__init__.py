@@ -5,7 +5,7 @@ Plain functions of a loss; nothing here knows of Optax.
 
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._from_state import (
-    RefreshState,
+    from_state,
     value_grad_and_hessian_diag_from_state,
 )
 from curvax.curvature._gauss_newton import (
@@ -23,6 +23,7 @@ from curvax.curvature._hutchinson import (
 from curvax.curvature._losses import OutputLoss, convex_loss
 from curvax.curvature._probes import random_probe
 from curvax.curvature._products import hvp, linearized_hvp, value_grad_and_hvp
+from curvax.curvature._refresh import RefreshState, refresh_due
 
 __all__ = [
     "DiagEstimate",
@@ -31,12 +32,14 @@ __all__ = [
     "TraceEstimate",
     "convex_loss",
     "fisher_vp",
+    "from_state",
     "ggn_vp",
     "hessian_diag",
     "hessian_trace",
     "hvp",
     "linearized_hvp",
     "random_probe",
+    "refresh_due",
     "value_grad_and_ggn_diag",
     "value_grad_and_ggn_diag_from_outputs",
     "value_grad_and_hessian_diag",

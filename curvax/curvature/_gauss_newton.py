@@ -18,6 +18,7 @@ from curvax._checks import check_choice, check_count, check_like
 from curvax._trees import Differentiable, Leaves, PyTree
 from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
+from curvax.curvature._one_pass import OnePass
 from curvax.curvature._probes import Distribution, times_probe
 from curvax.curvature._products import cast_like
 
@@ -232,7 +233,7 @@ def value_grad_and_ggn_diag(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> OnePass:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
     The diagonal is Hutchinson's estimate from products with probes on the parameters,
@@ -290,7 +291,7 @@ def value_grad_and_ggn_diag(
 
         return mean_over_probes(along, key, params, num_probes, distribution)
 
-    return value_grad_and_diag
+    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def value_grad_and_ggn_diag_from_outputs(
@@ -300,7 +301,7 @@ def value_grad_and_ggn_diag_from_outputs(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> OnePass:
     r"""Makes a function that returns a loss, its gradient and a non-negative diagonal.
 
     The probe is drawn on the outputs and pulled back, with $B B^T = H_\ell$:
@@ -365,13 +366,28 @@ def value_grad_and_ggn_diag_from_outputs(
 
         return mean_over_probes(along, key, at.outputs, num_probes, distribution)
 
-    return value_grad_and_diag
+    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def _value_and_grad(at: _Linearization, batch_loss: BatchLoss, has_aux: bool) -> tuple[Any, PyTree]:
     value, cotangent = jax.value_and_grad(batch_loss.value)(at.outputs)
     grads = at.tree.tangent(at.vector_jacobian(cotangent))
     return ((value, at.aux) if has_aux else value), grads
+
+
+def _value_and_grad_of(
+    network: Network, loss: Loss, has_aux: bool
+) -> Callable[..., tuple[Any, PyTree]]:
+    """The part of a one-pass function that needs no curvature."""
+
+    def value_and_grad(
+        params: PyTree, inputs: Any, targets: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree]:
+        at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
+        batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
+        return _value_and_grad(at, batch_loss, has_aux)
+
+    return value_and_grad
 
 
 def _square(leaf: jax.Array) -> jax.Array:
