@@ -46,11 +46,11 @@ def value_grad_and_hessian_diag(
 
     Returns:
       A function ``(params, *args, key, **kwargs) -> (value, grads, diag)``. ``key`` is a
-      PRNG key or an integer seed; take a new one at each call. ``diag`` has the shapes and dtypes of
-      ``params``; a complex leaf holds
-      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``,
-      ``value`` is the pair ``(value, aux)``. Its attribute ``value_and_grad`` is the same
-      function without key and diagonal.
+      PRNG key or an integer seed; take a new one at each call. ``diag`` has the shapes and
+      dtypes of ``params``; a complex leaf holds
+      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``, ``value`` is
+      the pair ``(value, aux)``. Its attribute ``value_and_grad`` is the same function without
+      key and diagonal.
 
     Raises:
       ValueError: on an option out of range, or a loss that is not a real scalar.

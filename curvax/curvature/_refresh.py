@@ -62,9 +62,7 @@ def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> Any
       [0, 1, 2, 3, 7, 11]
     """
     check_refresh_rule(update_interval, refresh_warmup)
-    if all(
-        isinstance(number, int | np.integer) for number in (step, update_interval, refresh_warmup)
-    ):
+    if all(isinstance(n, int | np.integer) for n in (step, update_interval, refresh_warmup)):
         return bool(step < refresh_warmup or (step - refresh_warmup) % update_interval == 0)
     since = jnp.asarray(step) - refresh_warmup
     return (since < 0) | (since % clamped_interval(update_interval) == 0)

@@ -84,10 +84,9 @@ def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
     order.
     """
     leaves = jax.tree.leaves(hessian_diag)
-    flat = jax.tree_util.all_leaves([updates]) and jnp.ndim(updates) == 1
-    if flat and not jax.tree_util.all_leaves([hessian_diag]):
-        if sum(map(jnp.size, leaves)) == jnp.size(updates):
-            return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in leaves])
+    given, wanted = (jax.tree_util.all_leaves([tree]) for tree in (hessian_diag, updates))
+    if wanted and not given and jnp.shape(updates) == (sum(map(jnp.size, leaves)),):
+        return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in leaves])
     return part_like(hessian_diag, updates, name="hessian_diag")
 
 

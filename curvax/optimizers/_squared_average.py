@@ -52,10 +52,9 @@ class SquaredAverage(NamedTuple):
             return self._replace(refreshes=self.refreshes + due)
         finite = jax.tree.map(lambda square: jnp.all(jnp.isfinite(square)), squares)
         entries = jax.tree.leaves(finite)
-        judged = [
-            ok for ok, s in zip(entries, jax.tree.leaves(squares), strict=True) if is_inexact(s)
-        ]
-        accepted = jnp.any(jnp.stack(judged or entries)) & due
+        real = [is_inexact(square) for square in jax.tree.leaves(squares)]
+        judged = [ok for ok, judge in zip(entries, real, strict=True) if judge] or entries
+        accepted = jnp.any(jnp.stack(judged)) & due
         weight = jnp.where(accepted, decay * self.weight + (1 - decay), self.weight)
 
         def leaf(
