@@ -138,7 +138,8 @@ def scale_by_mfac(
         now = damping(count) if callable(damping) else damping
         filled = jnp.minimum(count + 1, num_grads)
         normalizer = num_grads if window_scaling == "nominal" else filled
-        return jnp.asarray(now, dtype), jnp.asarray(normalizer, dtype)
+        # A copy: a state that hands out the caller's array would let donation delete it.
+        return jnp.array(now, dtype), jnp.asarray(normalizer, dtype)
 
     def init(params: optax.Params) -> ScaleByMfacState:
         check_real("M-FAC", params)
