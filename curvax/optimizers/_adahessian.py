@@ -174,7 +174,7 @@ def scale_by_adahessian(
         if every_step(update_interval):
             return jnp.asarray(b2, dtype)
         steps = jnp.where(count < refresh_warmup, 1, clamped_interval(update_interval))
-        return jnp.asarray(b2, dtype) ** steps
+        return jnp.asarray(b2, dtype) ** steps.astype(dtype)
 
     def init(params: optax.Params) -> ScaleByAdaHessianState:
         check_real("AdaHessian", params)

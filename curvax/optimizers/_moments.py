@@ -26,14 +26,15 @@ def corrected_mean(
 ) -> PyTree:
     """``mu`` over its weight, one step ahead if ``nesterov``; integers as they are."""
     decay = jnp.asarray(b1, dtype)
-    weight = 1 - decay**count
+    # Counts as floats: of a concrete integer exponent each value would be compiled anew.
+    weight = 1 - decay ** count.astype(dtype)
 
     def leaf(m: jax.Array, g: jax.Array) -> jax.Array:
         if not is_inexact(m):
             return m
         if not nesterov:
             return m / weight.astype(m.dtype)
-        ahead = decay / (1 - decay ** optax.safe_increment(count))
+        ahead = decay / (1 - decay ** optax.safe_increment(count).astype(dtype))
         return ahead.astype(m.dtype) * m + ((1 - decay) / weight).astype(m.dtype) * g
 
     return jax.tree.map(leaf, mu, grads)
@@ -64,7 +65,10 @@ def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array
 
     def leaf(step: jax.Array) -> jax.Array:
         bound = jnp.asarray(threshold, step.dtype)
-        return jnp.clip(step, -bound, bound) if is_inexact(step) else step
+        if not is_inexact(step):
+            return step
+        # A non-finite step stays visible to optax.apply_if_finite.
+        return jnp.where(jnp.isinf(step), step, jnp.clip(step, -bound, bound))
 
     return jax.tree.map(leaf, steps), sum(counts) / max(size, 1)
 
