@@ -187,7 +187,9 @@ def scale_by_mfac(
         )
         new_state = _select_small(finite, taken, state)._replace(window=window, gram=gram)
         like = updates if params is None else params
-        handed_on = jax.tree.map(lambda u, p: _handed_on(u, finite, p.dtype), scaled, like)
+        handed_on = jax.tree.map(
+            lambda u, p: _handed_on(u, finite, jnp.result_type(p)), scaled, like
+        )
         return handed_on, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -105,7 +105,9 @@ def track_sharpness(
             check_real("track_sharpness", params)
             if not from_outside:
                 wide = jax.tree.map(widen, params)
-                direction = _unit(random_probe(own_key, wide, "normal"))
+                unit = _unit(random_probe(own_key, wide, "normal"))
+                # Placed as the params are, which a random tree is on explicit meshes only.
+                direction = jax.tree.map(lambda d, p: jnp.zeros_like(p) + d, unit, wide)
         return TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
         )

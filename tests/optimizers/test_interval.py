@@ -24,9 +24,7 @@ def run(diags, *, interval, refresh=None, **options):
     refreshes = refresh if isinstance(refresh, list) else [refresh] * len(diags)
     state, states, updates = None, [], []
     for diag, n, flag in zip(diags, intervals, refreshes, strict=True):
-        tx = curvax.scale_by_adahessian(
-            b2=B2, update_interval=n, clip_threshold=None, **options
-        )
+        tx = curvax.scale_by_adahessian(b2=B2, update_interval=n, clip_threshold=None, **options)
         state = tx.init(params) if state is None else state
         update, state = tx.update(
             jnp.ones(4), state, params, hessian_diag=jnp.asarray(diag), refresh=flag

@@ -51,7 +51,10 @@ def refreshed(tx, steps, **extra):
 def test_the_optimizer_and_the_host_refresh_at_the_same_steps(interval, warmup):
     tx = curvax.adahessian(0.1, update_interval=interval, refresh_warmup=warmup)
     by_state, state = refreshed(tx, 12)
-    rule = lambda step: curvax.refresh_due(step, interval, warmup)
+
+    def rule(step):
+        return curvax.refresh_due(step, interval, warmup)
+
     by_host, host_state = refreshed(tx, 12, refresh=rule)
     assert by_state == by_host == [rule(step) for step in range(12)]
     assert optax.tree.get(state, "nu_weight") == optax.tree.get(host_state, "nu_weight")
