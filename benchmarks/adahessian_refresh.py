@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 import curvax
 
 PyTree = Any
-STEPS, BATCH, SEEDS, RATE = 600, 64, 3, 0.15
+STEPS, BATCH, SEEDS, RATE = 1200, 64, 3, 0.3
 LAYERS = (64, 64, 32, 10)
 OPTIONS: dict[str, dict[str, Any]] = {
     "interval 1, clip": {},

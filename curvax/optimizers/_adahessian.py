@@ -387,7 +387,9 @@ def adahessian(
 def _squared_curvature(averaging: str | Rule, diag: PyTree, nu: PyTree) -> PyTree:
     """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
     diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
-    return jax.tree.map(jnp.square, average_curvature(averaging, diag))
+    averaged = average_curvature(averaging, diag)
+    # The sum takes the sharding of nu, which a mean on an explicit mesh has lost.
+    return jax.tree.map(lambda d, v: jnp.zeros_like(v) + jnp.square(d), averaged, nu)
 
 
 def _check_b2_precision(b2: Scalar) -> None:
