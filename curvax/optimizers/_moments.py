@@ -70,7 +70,7 @@ def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array
         # A non-finite step stays visible to optax.apply_if_finite.
         return jnp.where(jnp.isinf(step), step, jnp.clip(step, -bound, bound))
 
-    return jax.tree.map(leaf, steps), sum(counts) / max(size, 1)
+    return jax.tree.map(leaf, steps), jnp.sum(jnp.stack(counts)) / max(size, 1)
 
 
 def _power(curvature: jax.Array, exponent: Scalar) -> jax.Array:
