@@ -141,9 +141,9 @@ def scale_by_adahessian(
       >>> state = tx.init(params)
       >>> def loss(x):
       ...     return 2 * x[0] ** 2 + x[1] ** 2
-      >>> updates, state = tx.update(jnp.array([4.0, 4.0]), state, params, obj_fn=loss)
+      >>> updates, state = tx.update(jnp.array([2.0, 1.0]), state, params, obj_fn=loss)
       >>> print(updates.round(2))  # a tenth of Newton's step
-      [-0.1 -0.2]
+      [-0.05 -0.05]
 
     References:
       Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
