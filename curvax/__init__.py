@@ -18,12 +18,14 @@ from curvax.curvature import (
     WeightedTargets,
     convex_loss,
     fisher_vp,
+    from_state,
     ggn_vp,
     hessian_diag,
     hessian_trace,
     hvp,
     linearized_hvp,
     random_probe,
+    refresh_due,
     softmax_cross_entropy,
     squared_error,
     value_grad_and_ggn_diag,
@@ -50,6 +52,7 @@ from curvax.optimizers import (
     scale_by_mfac,
     state_bytes,
     state_shardings,
+    without_curvature,
 )
 
 __version__ = "0.1.0"
@@ -71,6 +74,7 @@ __all__ = [
     "averaging_table",
     "convex_loss",
     "fisher_vp",
+    "from_state",
     "ggn_vp",
     "hessian_diag",
     "hessian_trace",
@@ -83,6 +87,7 @@ __all__ = [
     "mfac_ihvp",
     "pruning",
     "random_probe",
+    "refresh_due",
     "scale_by_adahessian",
     "scale_by_mfac",
     "softmax_cross_entropy",
@@ -95,4 +100,5 @@ __all__ = [
     "value_grad_and_hessian_diag",
     "value_grad_and_hessian_diag_from_state",
     "value_grad_and_hvp",
+    "without_curvature",
 ]

@@ -42,11 +42,33 @@ def check_range(
 
 def check_count(name: str, value: Any) -> None:
     """Raises unless ``value`` is an integer of at least one; a tracer is let through."""
+    _check_integer(name, value, 1, "")
+
+
+def check_index(name: str, value: Any, advice: str) -> None:
+    """Raises, with ``advice``, unless ``value`` is an integer of at least zero."""
+    _check_integer(name, value, 0, f"; {advice}")
+
+
+def _check_integer(name: str, value: Any, low: int, advice: str) -> None:
     if is_traced(value):
         return
     number = np.asarray(value)
-    if number.shape != () or number.dtype.kind not in "iu" or number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    if number.shape != () or number.dtype.kind not in "iu" or number < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}{advice}.")
+
+
+def as_key(key: Any) -> jax.Array:
+    """A PRNG key from a key, typed or raw, or from an integer seed; key 0 from None."""
+    if key is None:
+        return jax.random.key(0)
+    if not isinstance(key, jax.Array | np.ndarray | int | np.integer) or isinstance(key, bool):
+        raise ValueError(
+            f"key must be a PRNG key, such as jax.random.key(0), or an integer seed, got {key!r}."
+        )
+    if jnp.shape(key) == () and jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        return jax.random.key(key)
+    return jnp.asarray(key)
 
 
 def check_size(name: str, value: Any) -> None:
@@ -82,9 +104,10 @@ def check_like(name: str, tree: PyTree, params: PyTree, whose: str = "params") -
 def check_real(owner: str, params: PyTree) -> None:
     """Raises if a leaf of ``params`` is complex, which ``owner`` does not handle."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(
-                f"{owner} needs real parameters, got {leaf.dtype} at {path_name(path)}; "
+                f"{owner} needs real parameters, got {dtype} at {path_name(path)}; "
                 "keep real and imaginary parts as two leaves."
             )
 

@@ -137,6 +137,16 @@ def is_hole(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether ``params`` is what ``optax.tree.map_params`` calls ``init`` with: no tree of arrays.
+
+    It stands for the whole tree. A state must hold it wherever it holds a tree like the params.
+    """
+    return type(params).__module__.startswith("optax.") and not (
+        is_hole(params) or jax.tree.leaves(params)
+    )
+
+
 def has_holes(tree: PyTree) -> bool:
     """Whether a mask has left holes in the tree."""
     return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))

@@ -6,7 +6,7 @@ Plain functions of a loss; nothing here knows of Optax.
 from curvax.curvature._batch_loss import WeightedTargets
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._from_state import (
-    RefreshState,
+    from_state,
     value_grad_and_hessian_diag_from_state,
 )
 from curvax.curvature._gauss_newton import (
@@ -29,6 +29,7 @@ from curvax.curvature._losses import (
 )
 from curvax.curvature._probes import random_probe
 from curvax.curvature._products import hvp, linearized_hvp, value_grad_and_hvp
+from curvax.curvature._refresh import RefreshState, refresh_due
 
 __all__ = [
     "DiagEstimate",
@@ -38,12 +39,14 @@ __all__ = [
     "WeightedTargets",
     "convex_loss",
     "fisher_vp",
+    "from_state",
     "ggn_vp",
     "hessian_diag",
     "hessian_trace",
     "hvp",
     "linearized_hvp",
     "random_probe",
+    "refresh_due",
     "softmax_cross_entropy",
     "squared_error",
     "value_grad_and_ggn_diag",

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_count, check_keywords
-from curvax._trees import PyTree, is_inexact, widen
+from curvax._checks import as_key, check_choice, check_count, check_keywords
+from curvax._trees import Differentiable, PyTree, is_inexact, widen
+from curvax.curvature._one_pass import OnePass
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import Mode, value_grad_and_hvp
+from curvax.curvature._products import Mode, loss_of_leaves, value_grad_and_hvp
 
 
 def value_grad_and_hessian_diag(
@@ -19,7 +20,7 @@ def value_grad_and_hessian_diag(
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> OnePass:
     r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
 
     The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
@@ -45,10 +46,11 @@ def value_grad_and_hessian_diag(
 
     Returns:
       A function ``(params, *args, key, **kwargs) -> (value, grads, diag)``. ``key`` is a
-      PRNG key; draw a new one at each call. ``diag`` has the shapes and dtypes of
-      ``params``; a complex leaf holds
-      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``,
-      ``value`` is the pair ``(value, aux)``.
+      PRNG key or an integer seed; take a new one at each call. ``diag`` has the shapes and
+      dtypes of ``params``; a complex leaf holds
+      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``, ``value`` is
+      the pair ``(value, aux)``. Its attribute ``value_and_grad`` is the same function without
+      key and diagonal.
 
     Raises:
       ValueError: on an option out of range, or a loss that is not a real scalar.
@@ -75,32 +77,40 @@ def value_grad_and_hessian_diag(
     def value_grad_and_diag(
         params: PyTree, *args: Any, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        def along(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
+        def sample(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
             value, grads, product = one_pass(params, probe, *args, **kwargs)
             return value, grads, times_probe(probe, product)
 
-        return mean_over_probes(along, key, params, num_probes, distribution)
+        return mean_over_probes(sample, key, params, num_probes, distribution)
 
-    return value_grad_and_diag
+    def value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        tree = Differentiable.of(params)
+        loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
+        leaves = tree.select(tree.leaves)
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(leaves)
+        return ((value, aux) if has_aux else value), tree.tangent(grads)
+
+    return OnePass(value_grad_and_diag, value_and_grad)
 
 
 def mean_over_probes(
-    along: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
+    sample: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
     key: jax.Array,
     params: PyTree,
     num_probes: int,
     distribution: Distribution,
 ) -> tuple[Any, PyTree, PyTree]:
     """Value, gradient and the mean of the estimates of ``num_probes`` vectorized probes."""
-    probes = [
-        random_probe(jax.random.fold_in(key, index), params, distribution)
-        for index in range(num_probes)
-    ]
+    key = as_key(key)
+
+    def from_probe(index: int | jax.Array) -> tuple[Any, PyTree, PyTree]:
+        return sample(random_probe(jax.random.fold_in(key, index), params, distribution))
+
     if num_probes == 1:
-        return along(probes[0])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *probes)
+        return from_probe(0)
     # Value and gradient do not depend on the probe, so vmap leaves them unbatched.
-    value, grads, samples = jax.vmap(along, out_axes=(None, None, 0), axis_size=num_probes)(stacked)
+    vectorized = jax.vmap(from_probe, out_axes=(None, None, 0))
+    value, grads, samples = vectorized(jnp.arange(num_probes))
     return value, grads, jax.tree.map(_mean, samples)
 
 

@@ -21,6 +21,7 @@ from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._jacobian import Linearization, Network, linearize_network
 from curvax.curvature._losses import LOSSES, OutputLoss, convex_loss
 from curvax.curvature._modes import MODES, JacobianMode
+from curvax.curvature._one_pass import OnePass
 from curvax.curvature._probes import Distribution, times_probe
 
 Loss = str | OutputLoss | Callable[[jax.Array, Any], jax.Array]
@@ -202,7 +203,7 @@ def value_grad_and_ggn_diag(
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: JacobianMode = "forward_over_reverse",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> OnePass:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
     The diagonal is Hutchinson's estimate from products with probes on the parameters,
@@ -263,7 +264,7 @@ def value_grad_and_ggn_diag(
 
         return mean_over_probes(estimate, key, params, num_probes, distribution)
 
-    return value_grad_and_diag
+    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def value_grad_and_ggn_diag_from_outputs(
@@ -273,7 +274,7 @@ def value_grad_and_ggn_diag_from_outputs(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> OnePass:
     r"""Makes a function that returns a loss, its gradient and a non-negative diagonal.
 
     The probe is drawn on the outputs and pulled back, with $B B^T = H_\ell$:
@@ -341,7 +342,7 @@ def value_grad_and_ggn_diag_from_outputs(
 
         return mean_over_probes(estimate, key, point.outputs, num_probes, distribution)
 
-    return value_grad_and_diag
+    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def _value_and_grad(
@@ -350,6 +351,23 @@ def _value_and_grad(
     value, cotangent = jax.value_and_grad(batch_loss.value)(point.outputs)
     grads = point.tree.tangent(point.vector_jacobian(cotangent.astype(point.outputs.dtype)))
     return ((value, point.aux) if has_aux else value), grads
+
+
+def _value_and_grad_of(
+    network: Network, loss: Loss, has_aux: bool
+) -> Callable[..., tuple[Any, PyTree]]:
+    """The part of a one-pass function that needs no curvature."""
+
+    def value_and_grad(
+        params: PyTree, inputs: Any, targets: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree]:
+        point = linearize_network(
+            network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
+        )
+        batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+        return _value_and_grad(point, batch_loss, has_aux)
+
+    return value_and_grad
 
 
 def _square(leaf: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ class DenseWindow(NamedTuple):
 
 def takes_part(leaf: Any) -> bool:
     """Whether a leaf of params has gradients to keep: integers and empty leaves have none."""
-    return is_inexact(leaf) and leaf.size > 0
+    return is_inexact(leaf) and jnp.size(leaf) > 0
 
 
 def row_dtype(leaf: Any, dtype: Any | None) -> Any:

@@ -19,6 +19,7 @@ from curvax.optimizers._memory import state_bytes
 from curvax.optimizers._mfac import ScaleByMfacState, mfac, scale_by_mfac
 from curvax.optimizers._mfac_ihvp import mfac_ihvp
 from curvax.optimizers._shardings import state_shardings
+from curvax.optimizers._without_curvature import without_curvature
 
 __all__ = [
     "AccumulateHessianDiagState",
@@ -37,4 +38,5 @@ __all__ = [
     "scale_by_mfac",
     "state_bytes",
     "state_shardings",
+    "without_curvature",
 ]

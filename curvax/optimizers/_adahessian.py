@@ -21,24 +21,40 @@ Where this differs from the paper and the published code, and why:
 * $\hat v = v / w$, where $w$ is the same average of ones over accepted refreshes.
   It is $1 - \beta_2^t$ at interval 1 and stays right when the interval changes or a
   refresh is skipped.
-* A non-finite estimate is not folded in; while there is none yet, the update is zero.
+* A leaf with a non-finite estimate keeps the one it had; while it has none, its update is zero.
+* Each entry of the step is bounded, since curvature may vanish where the gradient does not.
 * Curvature is kept in float32 or wider whatever the parameters are: bfloat16 cannot hold 0.999.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_choice, check_count, check_range, check_real
+from curvax._checks import as_key, check_choice, check_count, check_range, check_real
 from curvax._layouts import Layout
-from curvax._trees import PyTree, is_inexact, part_like, wide_dtype, widest_dtype
-from curvax.curvature._from_state import check_refresh, is_due, step_key
+from curvax._trees import PyTree, is_inexact
 from curvax.curvature._probes import Distribution
+from curvax.curvature._products import Mode
+from curvax.curvature._refresh import (
+    check_refresh_rule,
+    clamped_interval,
+    decide,
+    every_step,
+    refresh_due,
+    step_key,
+)
 from curvax.optimizers._averaging import Rule, average_curvature, check_averaging
-from curvax.optimizers._curvature_input import curvature_of_function
+from curvax.optimizers._curvature_input import curvature_of_function, given_diag
+from curvax.optimizers._moments import (
+    average_gradient,
+    clipped_entries,
+    corrected_mean,
+    preconditioned,
+)
+from curvax.optimizers._squared_average import SquaredAverage
 
 Scalar = jax.typing.ArrayLike
 
@@ -48,19 +64,28 @@ class ScaleByAdaHessianState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the steps taken.
-      interval: int32 scalar, the steps from one refresh of the curvature to the next.
+      due: bool scalar, whether the coming step refreshes the curvature; None with a Python
+        ``update_interval`` of 1, where every step does.
       key: PRNG key; step ``t`` draws its probes from ``fold_in(key, t)``.
       mu: a tree like ``params``, the average of gradients.
       nu: a tree like ``params`` in float32 or wider, the average of squared curvature.
       nu_weight: scalar, the same average of ones: the bias correction of ``nu``.
+      refreshes: int32 scalar, the estimates of curvature offered.
+      refusals: int32, one entry a leaf in the order of ``jax.tree.leaves(params)``, how many of
+        them were not finite there.
+      clipped: float32 scalar, the share of entries that ``clip_threshold`` bounded in the last
+        step; None without one.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax
-    interval: jax.Array
+    due: jax.Array | None
     key: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     nu_weight: jax.Array
+    refreshes: jax.Array
+    refusals: jax.Array
+    clipped: jax.Array | None
 
 
 def scale_by_adahessian(
@@ -72,11 +97,14 @@ def scale_by_adahessian(
     averaging: str | Rule = "conv",
     layout: Layout = "auto",
     update_interval: Scalar = 1,
+    refresh_warmup: Scalar = 0,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-    key: jax.Array | None = None,
+    mode: Mode = "forward_over_reverse",
+    key: jax.Array | int | None = None,
     mu_dtype: Any | None = None,
-    clip_threshold: Scalar | None = None,
+    clip_threshold: Scalar | None = 1.0,
+    nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the averaged diagonal of the Hessian.
 
@@ -91,11 +119,15 @@ def scale_by_adahessian(
       averaging: which entries of a kernel share one curvature value.
       layout: what the axes of the leaves are.
       update_interval: steps from one refresh of the curvature to the next.
+      refresh_warmup: the number of first steps that all refresh it.
       num_probes: probes averaged when curvature is computed from ``obj_fn``.
       distribution: ``"rademacher"`` or ``"normal"``, likewise.
-      key: PRNG key of the probes; ``jax.random.key(0)`` by default.
+      mode: how the product is taken, likewise.
+      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
       mu_dtype: dtype of the average of gradients; the params' by default.
-      clip_threshold: bound on the absolute value of each entry of the rescaled gradient.
+      clip_threshold: bound on the absolute value of each entry of the rescaled gradient; None
+        for none.
+      nesterov: whether to look one step ahead in the average of gradients.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a
@@ -112,9 +144,9 @@ def scale_by_adahessian(
       >>> state = tx.init(params)
       >>> def loss(x):
       ...     return 2 * x[0] ** 2 + x[1] ** 2
-      >>> updates, state = tx.update(jnp.array([4.0, 4.0]), state, params, obj_fn=loss)
+      >>> updates, state = tx.update(jnp.array([2.0, 1.0]), state, params, obj_fn=loss)
       >>> print(updates.round(2))  # a tenth of Newton's step
-      [-0.1 -0.2]
+      [-0.05 -0.05]
 
     References:
       Yao et al., [ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
@@ -125,24 +157,42 @@ def scale_by_adahessian(
     check_range("eps", eps, low=0, open_low=True)
     check_range("hessian_power", hessian_power, low=0, high=1)
     check_averaging(averaging, layout)
-    check_count("update_interval", update_interval)
+    check_refresh_rule(update_interval, refresh_warmup)
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("mode", mode, get_args(Mode))
+    as_key(key)
     if clip_threshold is not None:
         check_range("clip_threshold", clip_threshold, low=0, open_low=True)
     _check_b2_precision(b2)
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
 
+    def next_due(count: jax.Array) -> jax.Array | None:
+        if every_step(update_interval):
+            return None
+        return refresh_due(count, update_interval, refresh_warmup)
+
+    def decay_of_refresh(count: jax.Array, dtype: Any) -> jax.Array:
+        """What an estimate at this step leaves of the average: it counts until the next one."""
+        if every_step(update_interval):
+            return jnp.asarray(b2, dtype)
+        steps = jnp.where(count < refresh_warmup, 1, clamped_interval(update_interval))
+        return jnp.asarray(b2, dtype) ** steps.astype(dtype)
+
     def init(params: optax.Params) -> ScaleByAdaHessianState:
         check_real("AdaHessian", params)
+        count, average = jnp.zeros((), jnp.int32), SquaredAverage.empty(params)
         return ScaleByAdaHessianState(
-            count=jnp.zeros((), jnp.int32),
-            interval=jnp.asarray(update_interval, jnp.int32),
+            count=count,
+            due=next_due(count),
             # A copy: handing out the caller's array would let donation delete it.
-            key=jax.random.key(0) if key is None else jnp.copy(key),
+            key=jnp.copy(as_key(key)),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_mu_dtype(p, mu_dtype)), params),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
-            nu_weight=jnp.zeros((), widest_dtype(params)),
+            nu=average.nu,
+            nu_weight=average.weight,
+            refreshes=average.refreshes,
+            refusals=average.refusals,
+            clipped=None if clip_threshold is None else jnp.zeros((), jnp.float32),
         )
 
     def update(
@@ -157,12 +207,11 @@ def scale_by_adahessian(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         del extra_args
-        check_refresh(refresh)
-        nu, weight = state.nu, state.nu_weight
-        if refresh is not False:
-            due = is_due(state) if refresh is None else jnp.asarray(True)
+        due = decide(refresh, state)
+        average = SquaredAverage(state.nu, state.nu_weight, state.refreshes, state.refusals)
+        if due is not False:
             if hessian_diag is not None:
-                diag = part_like(hessian_diag, updates, name="hessian_diag")
+                diag = given_diag(hessian_diag, updates)
             else:
                 diag = curvature_of_function(
                     obj_fn if obj_fn is not None else value_fn,
@@ -170,27 +219,32 @@ def scale_by_adahessian(
                     step_key(state),
                     num_probes=num_probes,
                     distribution=distribution,
-                    due=None if refresh or _always(update_interval) else due,
+                    mode=mode,
+                    due=due,
                 )
-            squares = _squared_curvature(averaging, layout, diag, nu)
-            nu, weight = _fold_in(squares, nu, weight, due, b2, update_interval)
+            squares = _squared_curvature(averaging, layout, diag, state.nu)
+            decay = decay_of_refresh(state.count, average.weight.dtype)
+            average = average.fold_in(squares, decay, due)
         count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda g, m: _average(g, m, b1), updates, state.mu)
-        mu_weight = 1 - jnp.asarray(b1, weight.dtype) ** count
-
-        def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            return _step(m, v, mu_weight, weight, eps, hessian_power, clip_threshold)
-
-        scaled = jax.tree.map(step, mu, nu)
+        mu = jax.tree.map(lambda g, m: average_gradient(g, m, b1), updates, state.mu)
+        mean = corrected_mean(mu, updates, count, b1, average.weight.dtype, nesterov=nesterov)
+        steps = preconditioned(mean, average, eps, hessian_power)
+        clipped = None
+        if clip_threshold is not None:
+            steps, clipped = clipped_entries(steps, clip_threshold)
         new_state = ScaleByAdaHessianState(
             count=count,
-            interval=jnp.asarray(update_interval, jnp.int32),
+            due=next_due(count),
             key=state.key,
-            mu=optax.tree.cast_like(mu, state.mu),
-            nu=nu,
-            nu_weight=weight,
+            mu=jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu),
+            nu=average.nu,
+            nu_weight=average.weight,
+            refreshes=average.refreshes,
+            refusals=average.refusals,
+            clipped=clipped,
         )
-        return optax.tree.cast_like(scaled, updates if params is None else params), new_state
+        like = updates if params is None else params
+        return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), steps, like), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -205,11 +259,14 @@ def adahessian(
     averaging: str | Rule = "conv",
     layout: Layout = "auto",
     update_interval: Scalar = 1,
+    refresh_warmup: Scalar = 0,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-    key: jax.Array | None = None,
+    mode: Mode = "forward_over_reverse",
+    key: jax.Array | int | None = None,
     mu_dtype: Any | None = None,
-    clip_threshold: Scalar | None = None,
+    clip_threshold: Scalar | None = 1.0,
+    nesterov: bool = False,
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -235,15 +292,15 @@ def adahessian(
     Other extra arguments are ignored.
 
     ``refresh``, a static extra argument, says whether the step folds curvature in: ``None``
-    decides by the count, ``True`` does, ``False`` does not and needs none.
+    does what the state says, ``True`` does, ``False`` does not and needs none.
 
     Args:
       learning_rate: a number or a schedule. It is Newton's, not Adam's: about 0.05 to 2 with
         ``hessian_power=1``; 0.15 is the paper's for ResNets.
       b1: decay rate of the average of gradients, in [0, 1).
       b2: decay rate, per step, of the average of squared curvature, in [0, 1).
-      eps: added to the denominator, outside root and power; positive. It bounds the step
-        where curvature vanishes: there the update is the gradient over ``eps``.
+      eps: added to the denominator, outside root and power; positive. Where curvature vanishes
+        the step is the gradient over ``eps``, which ``clip_threshold`` bounds.
       hessian_power: the power $k$ of the curvature, in [0, 1]: 1 is Newton-like, 0
         ignores curvature. The paper's language models use 0.5.
       averaging: which entries of a kernel share one curvature value.
@@ -263,15 +320,24 @@ def adahessian(
         a function ``(path, shape) -> layout``, likewise in ``static_args``.
         `curvax.averaging_table` shows what comes of it.
       update_interval: steps $n$ from one refresh of the curvature to the next. Its
-        weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step.
+        weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step. A value below 1 of a
+        schedule counts as 1. See `curvax.refresh_due`.
+      refresh_warmup: the number of first steps that all refresh the curvature. With an interval
+        above 1 take some tens or hundreds of steps: units of a ReLU network that are silent at
+        the only refresh have no curvature until the next.
       num_probes: probes averaged when curvature is computed from ``obj_fn``. More of them
         change what $v$ estimates, $H_{ii}^2 + \frac1S \sum_{j \ne i} H_{ij}^2$,
         not only its noise.
       distribution: ``"rademacher"`` or ``"normal"``, likewise.
-      key: PRNG key of the probes; ``jax.random.key(0)`` by default.
+      mode: how the product is taken, likewise; see `curvax.value_grad_and_hvp`.
+      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
       mu_dtype: dtype of the average of gradients; the params' by default.
       clip_threshold: bound on the absolute value of each entry of the preconditioned step,
-        before learning rate and decay.
+        before learning rate and decay. None is the published rule, whose steps are the gradient
+        over ``eps`` where curvature vanishes.
+      nesterov: whether to look one step ahead in the average of gradients, as ``optax.adam``
+        does: $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 -
+        \beta_1^t)$.
       weight_decay: the decoupled decay $\lambda$, times the learning rate. A decay
         tuned for AdamW wants to be divided by the ratio of the learning rates.
       mask: a tree of bools, or a function of params that returns one: where to decay.
@@ -314,11 +380,14 @@ def adahessian(
             averaging=averaging,
             layout=layout,
             update_interval=update_interval,
+            refresh_warmup=refresh_warmup,
             num_probes=num_probes,
             distribution=distribution,
+            mode=mode,
             key=key,
             mu_dtype=mu_dtype,
             clip_threshold=clip_threshold,
+            nesterov=nesterov,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -328,72 +397,9 @@ def adahessian(
 def _squared_curvature(averaging: str | Rule, layout: Layout, diag: PyTree, nu: PyTree) -> PyTree:
     """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
     diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
-    return jax.tree.map(jnp.square, average_curvature(averaging, diag, layout))
-
-
-def _fold_in(
-    squares: PyTree,
-    nu: PyTree,
-    weight: jax.Array,
-    due: jax.Array,
-    b2: Scalar,
-    interval: Scalar,
-) -> tuple[PyTree, jax.Array]:
-    """``nu`` and its weight after a refresh, or as they were if not due or not finite."""
-    # Judged on the squares, which overflow first.
-    finite = [jnp.all(jnp.isfinite(square)) for square in jax.tree.leaves(squares)]
-    accept = jnp.all(jnp.stack([due, *finite]))
-    decay = jnp.asarray(b2, weight.dtype) ** interval
-
-    def fold(old: jax.Array, new: jax.Array | float) -> jax.Array:
-        kept = decay.astype(old.dtype)
-        return jnp.where(accept, kept * old + (1 - kept) * new, old)
-
-    return jax.tree.map(fold, nu, squares), fold(weight, 1.0)
-
-
-def _average(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
-    """``m`` of Algorithm 1, in float32 or wider; integers stay as they are."""
-    if not is_inexact(mean):
-        return mean
-    dtype = jnp.promote_types(wide_dtype(gradient), mean.dtype)
-    decay = jnp.asarray(b1, dtype)
-    return decay * mean.astype(dtype) + (1 - decay) * gradient.astype(dtype)
-
-
-def _step(
-    mean: jax.Array,
-    square: jax.Array,
-    mean_weight: jax.Array,
-    square_weight: jax.Array,
-    eps: Scalar,
-    hessian_power: Scalar,
-    clip_threshold: Scalar | None,
-) -> jax.Array:
-    """The update of Algorithm 1, in float32 or wider; zero while there is no curvature."""
-    if not is_inexact(mean):
-        return jnp.zeros_like(mean)
-    known = square_weight > 0
-    corrected = square / jnp.where(known, square_weight, 1).astype(square.dtype)
-    denominator = _power(jnp.sqrt(corrected), hessian_power) + eps
-    step = mean / mean_weight.astype(mean.dtype) / denominator
-    if clip_threshold is not None:
-        bound = jnp.asarray(clip_threshold, step.dtype)
-        step = jnp.clip(step, -bound, bound)
-    return jnp.where(known, step, 0)
-
-
-def _power(curvature: jax.Array, exponent: Scalar) -> jax.Array:
-    """``curvature ** exponent`` without a transcendental where the exponent is known."""
-    if isinstance(exponent, int | float) and exponent in (0.5, 1):
-        return curvature if exponent == 1 else jnp.sqrt(curvature)
-    return curvature**exponent
-
-
-def _always(update_interval: Scalar) -> bool:
-    # A known interval of 1 needs no conditional, in which XLA's CPU backend runs the
-    # gradients of convolutions slowly. A traced one, under inject_hyperparams, is not asked.
-    return isinstance(update_interval, int) and update_interval == 1
+    averaged = average_curvature(averaging, diag, layout)
+    # The sum takes the sharding of nu, which a mean on an explicit mesh has lost.
+    return jax.tree.map(lambda d, v: jnp.zeros_like(v) + jnp.square(d), averaged, nu)
 
 
 def _check_b2_precision(b2: Scalar) -> None:
@@ -406,4 +412,4 @@ def _check_b2_precision(b2: Scalar) -> None:
 
 
 def _mu_dtype(leaf: Any, mu_dtype: Any | None) -> Any:
-    return mu_dtype if mu_dtype is not None and is_inexact(leaf) else leaf.dtype
+    return mu_dtype if mu_dtype is not None and is_inexact(leaf) else jnp.result_type(leaf)

@@ -185,6 +185,13 @@ def _block_mean(values: jax.Array, block: Block) -> jax.Array:
     """The mean over runs along one axis, with a ragged tail as its own run."""
     axis = block.axis % values.ndim
     size = values.shape[axis]
+    sharding = jax.typeof(values).sharding
+    spec = (*sharding.spec, *(None,) * (values.ndim - len(sharding.spec)))
+    if spec[axis] is not None and sharding.shard_shape(values.shape)[axis] % block.length:
+        # Runs that cross devices: on explicit meshes the axis is gathered by hand.
+        whole_axis = jax.P(*spec[:axis], None, *spec[axis + 1 :])
+        means = _block_mean(jax.sharding.reshard(values, whole_axis), block)
+        return jax.sharding.reshard(means, jax.P(*spec))
     runs = -(-size // block.length)
     padding = [(0, 0)] * values.ndim
     padding[axis] = (0, runs * block.length - size)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import is_traced
-from curvax._trees import PyTree, has_holes, is_hole, widen
+from curvax._trees import PyTree, has_holes, is_hole, part_like, widen
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import linearized_hvp
+from curvax.curvature._products import Mode, linearized_hvp
 
 
 def curvature_of_function(
@@ -19,7 +19,8 @@ def curvature_of_function(
     *,
     num_probes: int | jax.Array = 1,
     distribution: Distribution = "rademacher",
-    due: jax.Array | None = None,
+    mode: Mode = "forward_over_reverse",
+    due: bool | jax.Array = True,
 ) -> PyTree:
     """The estimate of the Hessian's diagonal of ``fun`` at ``params``; zeros if not ``due``."""
     if fun is None:
@@ -35,14 +36,14 @@ def curvature_of_function(
 
     def estimate() -> PyTree:
         if is_traced(num_probes):
-            return _mean_of_traced_number(fun, params, key, num_probes, distribution)
+            return _mean_of_traced_number(fun, params, key, num_probes, distribution, mode)
         one_pass = value_grad_and_hessian_diag(
-            fun, num_probes=int(num_probes), distribution=distribution
+            fun, num_probes=int(num_probes), distribution=distribution, mode=mode
         )
         return one_pass(params, key=key)[2]
 
     try:
-        if due is None:
+        if due is True:
             return estimate()
         return jax.lax.cond(due, estimate, lambda: jax.tree.map(jnp.zeros_like, params))
     except Exception as error:
@@ -61,9 +62,10 @@ def _mean_of_traced_number(
     key: jax.Array,
     num_probes: int | jax.Array,
     distribution: Distribution,
+    mode: Mode,
 ) -> PyTree:
     """The mean over a number of probes that is an array, as ``inject_hyperparams`` makes it."""
-    product = linearized_hvp(fun, params)
+    product = linearized_hvp(fun, params, mode=mode)
 
     def add(index: jax.Array, total: PyTree) -> PyTree:
         probe = random_probe(jax.random.fold_in(key, index), params, distribution)
@@ -72,7 +74,20 @@ def _mean_of_traced_number(
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
     total = jax.lax.fori_loop(0, num_probes, add, zeros)
-    return jax.tree.map(lambda t, p: (t / num_probes).astype(p.dtype), total, params)
+    return jax.tree.map(lambda t, p: (t / num_probes).astype(jnp.result_type(p)), total, params)
+
+
+def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
+    """The part of a given diagonal that belongs to ``updates``.
+
+    Behind ``optax.flatten`` the updates are one vector, and the diagonal is made one in the same
+    order.
+    """
+    leaves = jax.tree.leaves(hessian_diag)
+    given, wanted = (jax.tree_util.all_leaves([tree]) for tree in (hessian_diag, updates))
+    if wanted and not given and jnp.shape(updates) == (sum(map(jnp.size, leaves)),):
+        return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in leaves])
+    return part_like(hessian_diag, updates, name="hessian_diag")
 
 
 def merge_masked(params: PyTree, masked: PyTree) -> PyTree:

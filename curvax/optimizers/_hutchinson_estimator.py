@@ -1,16 +1,17 @@
 """Hutchinson's estimate of the Hessian's diagonal as an Optax transformation, for Sophia."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_choice, check_count
-from curvax._trees import PyTree, part_like
+from curvax._checks import as_key, check_choice, check_count
+from curvax._trees import PyTree
 from curvax.curvature._probes import Distribution
-from curvax.optimizers._curvature_input import curvature_of_function
+from curvax.curvature._products import Mode
+from curvax.optimizers._curvature_input import curvature_of_function, given_diag
 
 
 class HutchinsonEstimatorState(NamedTuple):
@@ -29,7 +30,8 @@ def hutchinson_estimator(
     *,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-    key: jax.Array | None = None,
+    mode: Mode = "forward_over_reverse",
+    key: jax.Array | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the Hessian's diagonal as an Optax transformation.
 
@@ -43,7 +45,8 @@ def hutchinson_estimator(
     Args:
       num_probes: the number of probes, vectorized.
       distribution: ``"rademacher"`` or ``"normal"``.
-      key: PRNG key of the probes; ``jax.random.key(0)`` by default.
+      mode: how the product is taken, see `curvax.value_grad_and_hvp`.
+      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes ``hessian_diag``,
@@ -71,11 +74,13 @@ def hutchinson_estimator(
     """
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("mode", mode, get_args(Mode))
+    as_key(key)
 
     def init(params: optax.Params) -> HutchinsonEstimatorState:
         del params
-        probe_key = jax.random.key(0) if key is None else jnp.copy(key)
-        return HutchinsonEstimatorState(jnp.zeros((), jnp.int32), probe_key)
+        # A copy: handing out the caller's array would let donation delete it.
+        return HutchinsonEstimatorState(jnp.zeros((), jnp.int32), jnp.copy(as_key(key)))
 
     def update(
         updates: optax.Updates,
@@ -90,13 +95,14 @@ def hutchinson_estimator(
         del extra_args
         new_state = state._replace(refreshes=optax.safe_increment(state.refreshes))
         if hessian_diag is not None:
-            return part_like(hessian_diag, updates, name="hessian_diag"), new_state
+            return given_diag(hessian_diag, updates), new_state
         diag = curvature_of_function(
             obj_fn if obj_fn is not None else value_fn,
             params,
             jax.random.fold_in(state.probe_key, state.refreshes),
             num_probes=num_probes,
             distribution=distribution,
+            mode=mode,
         )
         return diag, new_state
 

@@ -138,7 +138,8 @@ def scale_by_mfac(
         now = damping(count) if callable(damping) else damping
         filled = jnp.minimum(count + 1, num_grads)
         normalizer = num_grads if window_scaling == "nominal" else filled
-        return jnp.asarray(now, dtype), jnp.asarray(normalizer, dtype)
+        # A copy: a state that hands out the caller's array would let donation delete it.
+        return jnp.array(now, dtype), jnp.asarray(normalizer, dtype)
 
     def init(params: optax.Params) -> ScaleByMfacState:
         check_real("M-FAC", params)
@@ -186,7 +187,9 @@ def scale_by_mfac(
         )
         new_state = _select_small(finite, taken, state)._replace(window=window, gram=gram)
         like = updates if params is None else params
-        handed_on = jax.tree.map(lambda u, p: _handed_on(u, finite, p.dtype), scaled, like)
+        handed_on = jax.tree.map(
+            lambda u, p: _handed_on(u, finite, jnp.result_type(p)), scaled, like
+        )
         return handed_on, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._trees import PyTree, has_holes, is_hole, part_like
+from curvax._trees import PyTree, has_holes, is_hole, is_placeholder, part_like
 from curvax.pruning._leaves import check_mask
 
 
@@ -59,7 +59,8 @@ def keep_pruned(
 
     def init(params: PyTree) -> KeepPrunedState:
         present = _present(mask, params)
-        check_mask(present, params)
+        if not is_placeholder(params):
+            check_mask(present, params)
         # Copies: donating the state must not delete the caller's mask.
         return KeepPrunedState(jax.tree.map(jnp.array, present), wrapped.init(params))
 
@@ -75,7 +76,7 @@ def keep_pruned(
             _where_kept(kept, updates), state.inner_state, params, **extra_args
         )
         updates = jax.tree.map(
-            lambda k, u, p: u if is_hole(u) else jnp.where(k, u, -p.astype(u.dtype)),
+            lambda k, u, p: u if is_hole(u) else jnp.where(k, u, -jnp.asarray(p, u.dtype)),
             kept,
             updates,
             params,
@@ -117,6 +118,8 @@ def _of_kept(fun: Any, kept: PyTree) -> Any:
 
 def _present(mask: PyTree, params: PyTree) -> PyTree:
     """The mask with the holes that ``optax.masked`` has left in the params."""
+    if is_placeholder(params):
+        return params
     if has_holes(params):
         return part_like(mask, params, name="mask")
     check_mask(mask, params)

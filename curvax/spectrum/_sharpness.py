@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_choice, check_range, check_real, check_size
-from curvax._trees import PyTree, has_holes, tree_dot, tree_norm, widen
+from curvax._checks import as_key, check_choice, check_range, check_real, check_size
+from curvax._trees import PyTree, has_holes, is_placeholder, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.curvature._modes import MODES, Mode
 from curvax.fisher import DenseWindow
@@ -45,7 +45,7 @@ def track_sharpness(
     trace_decay: float = 0.9,
     from_outside: bool = False,
     mode: Mode = "forward_over_reverse",
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measures the Hessian's largest eigenvalue on the way, and hands updates on as they are.
 
@@ -68,7 +68,7 @@ def track_sharpness(
       from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
         direction is kept.
       mode: how products are taken, see `curvax.value_grad_and_hvp`.
-      key: a PRNG key; ``jax.random.key(0)`` by default.
+      key: a PRNG key or an integer seed; ``jax.random.key(0)`` by default.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes ``obj_fn``
@@ -98,14 +98,20 @@ def track_sharpness(
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
-        _check_whole(params)
-        check_real("track_sharpness", params)
-        own_key = jax.random.key(0) if key is None else jnp.copy(key)
+        # A copy: handing out the caller's array would let donation delete it.
+        own_key = jnp.copy(as_key(key))
         nan = jnp.full((), jnp.nan, jnp.float32)
         direction = None
-        if not from_outside:
-            wide = jax.tree.map(widen, params)
-            direction = _unit(random_probe(own_key, wide, "normal"))
+        if is_placeholder(params):
+            direction = None if from_outside else params
+        else:
+            _check_whole(params)
+            check_real("track_sharpness", params)
+            if not from_outside:
+                wide = jax.tree.map(widen, params)
+                unit = _unit(random_probe(own_key, wide, "normal"))
+                # Placed as the params are, which a random tree is on explicit meshes only.
+                direction = jax.tree.map(lambda d, p: jnp.zeros_like(p) + d, unit, wide)
         return TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
         )
@@ -121,7 +127,7 @@ def track_sharpness(
     ) -> tuple[PyTree, TrackSharpnessState]:
         del extra_args
         if from_outside:
-            given = state.sharpness if sharpness is None else jnp.float32(sharpness)
+            given = state.sharpness if sharpness is None else jnp.array(sharpness, jnp.float32)
             measured = state._replace(sharpness=given)
         else:
             measured = _measured(state, params, obj_fn)

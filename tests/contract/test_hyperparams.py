@@ -31,6 +31,16 @@ def run(row, tx, params, steps, jit=True):
     return history, state
 
 
+def always_due(injected, state):
+    """``injected`` with None where ``state`` has it: an array as interval is not known to be 1."""
+    return jax.tree.map(
+        lambda one, other: one if other is not None else None,
+        injected,
+        state,
+        is_leaf=lambda node: node is None,
+    )
+
+
 def list_params():
     return [-jnp.linspace(0.5, 1.0, 6).reshape(2, 3), jnp.linspace(0.5, 1.0, 20).reshape(2, 5, 2)]
 
@@ -42,7 +52,8 @@ def test_injected_hyperparams_change_nothing(row):
     updates, state = run(row, row.make(), params, 2, jit)
     injected_updates, injected_state = run(row, injected(**row.options), params, 2, jit)
     assert_trees_close(injected_updates, updates, rtol=1e-5)
-    assert_trees_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-5)
+    inner = always_due(injected_state.inner_state, state)
+    assert_trees_close(inner, state, rtol=1e-5, atol=1e-5)
 
 
 @every_kind

@@ -149,3 +149,70 @@ def test_a_traced_refresh_is_refused():
     state = curvax.adahessian(0.1).init(params)
     with pytest.raises(ValueError, match=r"refresh must be static.*static_argnames"):
         one_pass(params, batch_like(params), state=state, refresh=True)
+
+
+def network(params, inputs):
+    return jnp.tanh(inputs @ params["layers"][0]) * params["head"][1]
+
+
+GAUSS_NEWTON = {
+    "parameters": curvax.value_grad_and_ggn_diag,
+    "outputs": curvax.value_grad_and_ggn_diag_from_outputs,
+}
+
+
+@pytest.mark.parametrize("wrt", GAUSS_NEWTON)
+def test_gauss_newton_diagonals_read_key_and_interval_from_the_state(wrt):
+    one_pass = GAUSS_NEWTON[wrt](network, "squared_error")
+    adapted = jax.jit(curvax.from_state(one_pass), static_argnames="refresh")
+    params, key = coupled_params(), jax.random.key(3)
+    data = batch_like(params), jnp.ones((5, 2))
+    tx = curvax.adahessian(0.1, update_interval=2, key=key)
+    state = tx.init(params)
+    expected = one_pass(params, *data, key=jax.random.fold_in(key, 0))
+    chex.assert_trees_all_close(adapted(params, *data, state=state), expected, rtol=1e-5)
+    _, state = tx.update(expected[1], state, params, hessian_diag=expected[2])
+    value, grads, diag = adapted(params, *data, state=state)
+    chex.assert_trees_all_close((value, grads), expected[:2], rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(diag))
+    assert adapted(params, *data, state=state, refresh=False)[2] is None
+
+
+def test_a_one_pass_function_of_ones_own_needs_nothing_else():
+    def one_pass(params, batch, *, key):
+        value, grads = jax.value_and_grad(coupled_loss)(params, batch)
+        return value, grads, jax.tree.map(jnp.square, grads)
+
+    params = coupled_params()
+    batch = batch_like(params)
+    adapted = curvax.from_state(one_pass)
+    state = curvax.adahessian(0.1).init(params)
+    expected = one_pass(params, batch, key=None)
+    chex.assert_trees_all_equal(adapted(params, batch, state=state), expected)
+    skipped = adapted(params, batch, state=state, refresh=False)
+    chex.assert_trees_all_equal(skipped, (*expected[:2], None))
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_value_and_gradient_alone_are_those_of_the_one_pass(has_aux):
+    def loss(params, batch):
+        return (coupled_loss(params, batch), batch) if has_aux else coupled_loss(params, batch)
+
+    params = coupled_params()
+    batch = batch_like(params)
+    one_pass = curvax.value_grad_and_hessian_diag(loss, has_aux=has_aux)
+    whole = one_pass(params, batch, key=7)
+    chex.assert_trees_all_close(one_pass.value_and_grad(params, batch), whole[:2], rtol=1e-5)
+    chex.assert_trees_all_equal(whole, one_pass(params, batch, key=jax.random.key(7)))
+
+
+@pytest.mark.parametrize("flag", [True, False, np.bool_(True), np.bool_(False)])
+def test_a_numpy_bool_is_a_static_flag_too(flag):
+    params = coupled_params()
+    batch = batch_like(params)
+    tx = curvax.adahessian(0.1)
+    one_pass = curvax.value_grad_and_hessian_diag_from_state(coupled_loss)
+    _, grads, diag = one_pass(params, batch, state=tx.init(params), refresh=flag)
+    assert (diag is None) == (not flag)
+    _, state = tx.update(grads, tx.init(params), params, hessian_diag=diag, refresh=flag)
+    assert optax.tree.get(state, "refreshes") == int(flag)

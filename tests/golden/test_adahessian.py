@@ -35,6 +35,7 @@ def optimizer(golden):
         eps=float(golden["hp/eps"]),
         hessian_power=float(golden["hp/hessian_power"]),
         weight_decay=float(golden["hp/weight_decay"]),
+        clip_threshold=None,
     )
 
 

@@ -186,11 +186,75 @@ def test_the_users_key_survives_donation():
     assert not key.is_deleted()
 
 
-def test_zero_curvature_takes_the_step_that_eps_bounds():
-    tx = curvax.scale_by_adahessian(eps=1e-2)
+def test_where_curvature_vanishes_the_published_step_is_the_gradient_over_eps():
+    tx = curvax.scale_by_adahessian(eps=1e-2, clip_threshold=None)
     params = jnp.ones(2)
     updates, _ = tx.update(params, tx.init(params), params, hessian_diag=jnp.zeros(2))
     np.testing.assert_allclose(updates, 100.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feed", ["hessian_diag", "obj_fn"])
+def test_a_linear_loss_takes_bounded_steps_by_default_and_they_are_counted(feed):
+    params = {"linear": jnp.ones(3), "curved": jnp.ones(1), "steps": jnp.arange(2)}
+
+    def loss(p):
+        return 0.3 * jnp.sum(p["linear"]) + jnp.sum(p["curved"] ** 2) / 4
+
+    tx = curvax.adahessian(0.1)
+    _, grads, diag = curvax.value_grad_and_hessian_diag(loss)(params, key=0)
+    curvature = {"hessian_diag": diag, "obj_fn": loss}
+    updates, state = tx.update(grads, tx.init(params), params, **{feed: curvature[feed]})
+    np.testing.assert_allclose(updates["linear"], -0.1, rtol=1e-6)
+    np.testing.assert_allclose(updates["curved"], -0.1, rtol=1e-3)
+    assert optax.tree.get(state, "clipped") == 3 / 6
+
+
+def test_the_bound_keeps_an_infinite_step_visible():
+    tx, x = curvax.adahessian(0.1), jnp.ones(2)
+    updates, _ = tx.update(x.at[0].set(jnp.inf), tx.init(x), x, hessian_diag=x)
+    np.testing.assert_allclose(updates, [-np.inf, -0.1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nesterov_looks_one_step_ahead_as_optax_adam_does(seed):
+    generator = np.random.default_rng(seed)
+    grads, diags = generator.normal(size=(2, 6, 4))
+    b1, b2, eps = 0.8, 0.95, 1e-3
+    m, v, expected = 0.0, 0.0, []
+    for t, (g, d) in enumerate(zip(grads, diags, strict=True), start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * d**2
+        ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+        expected.append(ahead / (np.sqrt(v / (1 - b2**t)) + eps))
+    with jax.enable_x64(True):
+        params = jnp.zeros(4, jnp.float64)
+        tx = curvax.scale_by_adahessian(b1, b2, eps, nesterov=True, clip_threshold=None)
+        # With the gradient as its diagonal, the rule is Adam's.
+        adam = optax.scale_by_adam(b1, b2, eps, nesterov=True)
+        state, adam_state = tx.init(params), adam.init(params)
+        for g, d, wanted in zip(grads, diags, expected, strict=True):
+            updates, state = tx.update(g, state, params, hessian_diag=d)
+            np.testing.assert_allclose(updates, wanted, rtol=1e-12)
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update(g, state, params, hessian_diag=g)
+            wanted, adam_state = adam.update(jnp.asarray(g), adam_state, params)
+            np.testing.assert_allclose(updates, wanted, rtol=1e-12)
+
+
+def test_a_mode_serves_a_loss_without_forward_derivatives():
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
+
+    def loss(x):
+        return jnp.sum(cube(x))
+
+    x = jnp.array([1.0, 2.0])
+    tx = curvax.scale_by_adahessian(mode="reverse_over_reverse")
+    _, state = tx.update(x, tx.init(x), x, obj_fn=loss)
+    np.testing.assert_allclose(jnp.sqrt(state.nu / state.nu_weight), 6 * x, rtol=1e-5)
 
 
 def test_masked_params_need_their_holes_filled():

@@ -17,14 +17,14 @@ def stream(length, seed=0):
     return np.random.default_rng(seed).normal(size=(length, 4)) + 2.0
 
 
-def run(diags, *, interval, refresh=None, options=None):
+def run(diags, *, interval, refresh=None, **options):
     """The states after each step; ``interval`` and ``refresh`` may differ from step to step."""
     params = jnp.zeros(4, jnp.float64)
     intervals = interval if isinstance(interval, list) else [interval] * len(diags)
     refreshes = refresh if isinstance(refresh, list) else [refresh] * len(diags)
     state, states, updates = None, [], []
     for diag, n, flag in zip(diags, intervals, refreshes, strict=True):
-        tx = curvax.scale_by_adahessian(b2=B2, update_interval=n, **(options or {}))
+        tx = curvax.scale_by_adahessian(b2=B2, update_interval=n, clip_threshold=None, **options)
         state = tx.init(params) if state is None else state
         update, state = tx.update(
             jnp.ones(4), state, params, hessian_diag=jnp.asarray(diag), refresh=flag

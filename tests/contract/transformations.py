@@ -1,0 +1,94 @@
+"""Every public transformation, optimizer or not: a new one joins as one row.
+
+A line search behind `curvax.without_curvature` is Optax's own and has tests of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import curvax
+from curvax import pruning, spectrum
+
+PyTree = Any
+Loss = Callable[[PyTree], jax.Array]
+
+
+class Transformation(NamedTuple):
+    """A transformation, and what the tests must know of it.
+
+    Attributes:
+      name: what the tests are called by.
+      make: makes it for ``params`` from numeric options.
+      options: the numeric options that ``inject_hyperparams`` may turn into arrays.
+      extra: the extra arguments of ``update`` for a loss at ``params``.
+      whole: whether it needs the whole params, not one flat vector or a part of them.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    options: Mapping[str, Any] = MappingProxyType({})
+    extra: Callable[[Loss, PyTree], dict[str, Any]] = lambda loss, params: {"obj_fn": loss}
+    whole: bool = False
+
+
+def mask_of(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) > -0.5, params)
+
+
+def adahessian(params, **options):
+    del params
+    return curvax.adahessian(**options)
+
+
+def keep_pruned(params, **options):
+    return pruning.keep_pruned(mask_of(params), curvax.adahessian(**options))
+
+
+def track_sharpness(params, **options):
+    del params
+    return spectrum.track_sharpness(**options, every=2, num_products=2)
+
+
+def mfac(params, **options):
+    del params
+    return curvax.mfac(**options, num_grads=3)
+
+
+RATE = {"learning_rate": 0.1}
+INTERVAL = {**RATE, "update_interval": 3, "refresh_warmup": 2, "clip_threshold": 0.5}
+
+TRANSFORMATIONS = (
+    Transformation("adahessian", adahessian, RATE),
+    Transformation("adahessian-interval", adahessian, INTERVAL),
+    Transformation("adahessian-nesterov", lambda p, **o: adahessian(p, nesterov=True, **o), RATE),
+    Transformation("mfac", mfac, {**RATE, "damping": 0.1}),
+    Transformation("keep_pruned", keep_pruned, RATE, whole=True),
+    Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p)), whole=True),
+    Transformation("track_sharpness", track_sharpness, RATE),
+    Transformation(
+        "track_sharpness-outside",
+        lambda p, **o: spectrum.track_sharpness(**o, from_outside=True),
+        RATE,
+        lambda loss, params: {"sharpness": 2.0},
+    ),
+    Transformation(
+        "accumulate_hessian_diag",
+        lambda p, **o: curvax.accumulate_hessian_diag(**o),
+        {"every_k": 2},
+    ),
+    Transformation(
+        "hutchinson_estimator",
+        lambda p, **o: curvax.hutchinson_estimator(**o),
+        {"num_probes": 2},
+    ),
+)
+
+every_transformation = pytest.mark.parametrize(
+    "row", TRANSFORMATIONS, ids=[row.name for row in TRANSFORMATIONS]
+)
