@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from curvax.fisher._cholesky import HIGHEST, cholesky_solver
 
-_RESIDUAL = 0.1  # relative to the right-hand side: at condition numbers up to about 1e6
+_RESIDUAL = 0.03  # relative to the right-hand side
 _ERROR = 0.5  # estimated, relative to the update: a larger damping errs by as much
 
 
@@ -61,7 +61,7 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
 
     The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
     $D = \operatorname{diag} K$, so that gradients of very different length, as in a run that
-    converges, do no harm. A solution counts if its residual, $c - A y$, is at most a tenth of $c$,
+    converges, do no harm. A solution counts if its residual, $c - A y$, is at most 3 % of $c$,
     or if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise the
     precision cannot tell $K$ from a singular matrix, and the diagonal of $A$ is raised by one unit
     of rounding, then by four, and so on until a solution counts.

@@ -13,7 +13,7 @@ import numpy as np
 
 from curvax._checks import check_count, check_range
 from curvax._progress import progress_bar
-from curvax.spectrum._lanczos import lanczos_together
+from curvax.spectrum._lanczos import Reorthogonalization, lanczos_together
 from curvax.spectrum._operator import Operator, in_groups
 
 _RESAMPLES = 200
@@ -29,10 +29,10 @@ class SpectralDensity(NamedTuple):
       nodes: a list of arrays, the Ritz values of each probe.
       weights: a list of arrays, their weights, which sum to one for each probe.
       bandwidth: the standard deviation of the Gaussian that smooths.
-      wasserstein_error: what the distance to the true density, in units of eigenvalues, is expected
-        to stay below: the spread over probes (97.5 % of bootstrap resamples), and the range of the
-        nodes over the order for the truncation. Infinite for a single probe.
-      num_products: the number of products with the operator.
+      wasserstein_error: an estimated bound on the distance to the true density, in units of
+        eigenvalues: the spread over probes (97.5 % of bootstrap resamples), and the range of the
+        nodes divided by the order for the truncation. Infinite for a single probe.
+      num_matvecs: the number of matrix-vector products.
     """
 
     grid: np.ndarray
@@ -42,7 +42,7 @@ class SpectralDensity(NamedTuple):
     weights: list[np.ndarray]
     bandwidth: float
     wasserstein_error: float
-    num_products: int
+    num_matvecs: int
 
     def smoothed(self, grid: np.ndarray, bandwidth: float) -> np.ndarray:
         """The density on another grid, with another bandwidth."""
@@ -58,7 +58,7 @@ def spectral_density(
     probes_together: int = 1,
     bandwidth: float | None = None,
     grid_size: int = 1024,
-    reorthogonalize: str = "full",
+    reorthogonalize: Reorthogonalization = "full",
     progress: bool = False,
 ) -> SpectralDensity:
     r"""The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
@@ -108,7 +108,7 @@ def spectral_density(
     check_count("grid_size", grid_size)
     if bandwidth is not None:
         check_range("bandwidth", bandwidth, low=0.0, open_low=True)
-    nodes, weights, num_products = [], [], 0
+    nodes, weights, num_matvecs = [], [], 0
     with progress_bar(num_probes, "probes", progress) as advance:
         for keys in in_groups(jax.random.split(key, num_probes), probes_together):
             starts = [operator.random_vector(probe_key) for probe_key in keys]
@@ -118,11 +118,12 @@ def spectral_density(
                 values, vectors = result.eigh()
                 nodes.append(values)
                 weights.append(vectors[0] ** 2)
-                num_products += result.num_products
+                num_matvecs += result.num_matvecs
                 advance()
     low, high = min(map(np.min, nodes)), max(map(np.max, nodes))
     extent = high - low
-    width = bandwidth or max(extent, 1e-6 * max(abs(low), abs(high), 1e-30)) / (2 * order)
+    size = max(abs(low), abs(high)) or 1.0
+    width = bandwidth or max(extent, 1e-6 * size) / (2 * order)
     grid = np.linspace(low - 4 * width, high + 4 * width, grid_size)
     curves = _smooth(nodes, weights, grid, width)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -135,7 +136,7 @@ def spectral_density(
     if all(len(values) == operator.size for values in nodes):
         error = _bootstrap(nodes, weights)  # nothing is truncated
     return SpectralDensity(
-        grid, curves.mean(axis=0), spread, nodes, weights, width, error, num_products
+        grid, curves.mean(axis=0), spread, nodes, weights, width, error, num_matvecs
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from curvax._checks import check_choice, check_count
 from curvax._trees import tree_dot
 from curvax.spectrum._basis import Basis
-from curvax.spectrum._lanczos import breakdown, finite_product, finite_products
+from curvax.spectrum._lanczos import ScaledProducts, breakdown
 from curvax.spectrum._operator import Operator, in_groups
 
 METHODS = ("hutchinson", "hutch++")
@@ -22,13 +22,13 @@ class Trace(NamedTuple):
       standard_error: its standard error; zero where nothing is left to estimate, NaN for a single
         probe.
       samples: what each probe gave, of shape (num_probes,).
-      num_products: the number of products with the operator.
+      num_matvecs: the number of matrix-vector products.
     """
 
     value: float
     standard_error: float
     samples: np.ndarray
-    num_products: int
+    num_matvecs: int
 
 
 def trace(
@@ -78,14 +78,20 @@ def trace(
     check_count("num_probes", num_probes)
     check_count("probes_together", probes_together)
     check_choice("method", method, METHODS)
+    products = ScaledProducts(operator)
     if method == "hutchinson":
-        samples = _quadratic_forms(operator, key, num_probes, probes_together)
-        return Trace(float(samples.mean()), _standard_error(samples), samples, num_probes)
-    return _hutch_plus_plus(operator, key, min(num_probes, operator.size), probes_together)
+        samples = _quadratic_forms(operator, products, key, num_probes, probes_together)
+        return _result(0.0, samples, products)
+    return _hutch_plus_plus(operator, products, key, min(num_probes, operator.size), probes_together)
 
 
 def _quadratic_forms(
-    operator: Operator, key: jax.Array, number: int, together: int, basis: Basis | None = None
+    operator: Operator,
+    products: ScaledProducts,
+    key: jax.Array,
+    number: int,
+    together: int,
+    basis: Basis | None = None,
 ) -> np.ndarray:
     """$z^T A z$ for random signs $z$, without their part in the basis."""
     samples = []
@@ -93,33 +99,37 @@ def _quadratic_forms(
         probes = [operator.random_vector(part, "rademacher") for part in keys]
         if basis is not None:
             probes = [basis.orthogonalized(probe)[1] for probe in probes]
-        images = finite_products(operator, probes)
+        images = products.take(probes)
         samples += [float(tree_dot(*pair)) for pair in zip(probes, images, strict=True)]
     return np.array(samples)
 
 
-def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int, together: int) -> Trace:
+def _hutch_plus_plus(
+    operator: Operator, products: ScaledProducts, key: jax.Array, number: int, together: int
+) -> Trace:
     basis = Basis(operator.like, number)
-    dominant, size, num_products = 0.0, 0, 0
+    dominant, size, scale = 0.0, 0, 0.0
     key_range, key_rest = jax.random.split(key)
-    scale = 0.0
     for part in jax.random.split(key_range, number):
-        image = finite_product(operator, operator.random_vector(part))
-        num_products += 1
+        (image,) = products.take([operator.random_vector(part)])
         _, rest, length = basis.orthogonalized(image)
         scale = max(scale, length)
         if length <= breakdown(operator, scale):
             continue
         basis.put(rest, length, size)
         direction = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
-        dominant += float(tree_dot(direction, finite_product(operator, direction)))
-        num_products += 1
+        dominant += float(tree_dot(direction, products.take([direction])[0]))
         size += 1
     if size == operator.size:
-        return Trace(dominant, 0.0, np.zeros(0), num_products)
-    left = _quadratic_forms(operator, key_rest, number, together, basis)
-    num_products += number
-    return Trace(dominant + float(left.mean()), _standard_error(left), left, num_products)
+        return Trace(products.scale * dominant, 0.0, np.zeros(0), products.num_matvecs)
+    rest_samples = _quadratic_forms(operator, products, key_rest, number, together, basis)
+    return _result(dominant, rest_samples, products)
+
+
+def _result(dominant: float, samples: np.ndarray, products: ScaledProducts) -> Trace:
+    samples = products.scale * samples
+    value = products.scale * dominant + float(samples.mean())
+    return Trace(value, _standard_error(samples), samples, products.num_matvecs)
 
 
 def _standard_error(samples: np.ndarray) -> Any:
