@@ -77,9 +77,7 @@ def tree_norm(tree: PyTree) -> jax.Array:
     factor = jnp.where(plain < 1 / power, power, 1 / power).astype(dtype)
     safe = (plain >= 1 / power) & jnp.isfinite(plain)
     # The second pass is rarely made: most norms cost one.
-    return jax.lax.cond(
-        safe, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor
-    )
+    return jax.lax.cond(safe, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor)
 
 
 class Differentiable(NamedTuple):

@@ -139,7 +139,7 @@ def top_eigenpairs(
 
 
 class _Line(NamedTuple):
-    """A direction $f$ outside of the basis, and its row $c$: $A Q = Q H + \sum f c^T$ over lines."""
+    r"""A direction $f$ outside of the basis, and its row $c$: $A Q = Q H + \sum f c^T$ over lines."""
 
     direction: PyTree
     coupling: np.ndarray
@@ -154,9 +154,7 @@ class _Search:
       rounding: the longest remainder of a product that was dropped as rounding.
     """
 
-    def __init__(
-        self, operator: Operator, capacity: int, max_matvecs: int, key: jax.Array
-    ) -> None:
+    def __init__(self, operator: Operator, capacity: int, max_matvecs: int, key: jax.Array) -> None:
         self.number = 0
         self.products = ScaledProducts(operator)
         self.rounding = 0.0

@@ -87,7 +87,11 @@ def lanczos(
 
 
 def lanczos_together(
-    operator: Operator, starts: Sequence[PyTree], order: int, *, reorthogonalize: Reorthogonalization = "full"
+    operator: Operator,
+    starts: Sequence[PyTree],
+    order: int,
+    *,
+    reorthogonalize: Reorthogonalization = "full",
 ) -> list[Lanczos]:
     """Tridiagonalizations from several start vectors, whose products are taken together."""
     check_count("order", order)

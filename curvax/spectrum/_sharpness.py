@@ -11,6 +11,7 @@ from curvax._checks import check_range, check_real, check_size
 from curvax._trees import PyTree, has_holes, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.fisher import DenseWindow
+from curvax.spectrum._basis import orthogonalized
 
 
 class TrackSharpnessState(NamedTuple):
@@ -40,7 +41,7 @@ def track_sharpness(
     learning_rate: optax.ScalarOrSchedule,
     *,
     every: int = 1,
-    num_products: int = 4,
+    num_matvecs: int = 4,
     trace_decay: float = 0.9,
     from_outside: bool = False,
     key: jax.Array | None = None,
@@ -49,8 +50,8 @@ def track_sharpness(
 
     Every ``every`` steps the largest Ritz value of a few Lanczos steps is taken, started from the
     Ritz vector of the last time: along a run the top eigenvector turns slowly, and the value
-    catches up within a few measurements. The cost of a measurement is ``num_products + 1``
-    Hessian-vector products, about ``2 num_products + 2`` gradients: with ``every=50`` and the
+    catches up within a few measurements. The cost of a measurement is ``num_matvecs + 1``
+    Hessian-vector products, about ``2 num_matvecs + 2`` gradients: with ``every=50`` and the
     defaults a fifth of a step. It is the sharpness of the loss that it is given: of the batch's, if
     ``obj_fn`` is that.
 
@@ -61,7 +62,7 @@ def track_sharpness(
     Args:
       learning_rate: that of the chain, a number or a schedule.
       every: steps from one measurement to the next.
-      num_products: Lanczos steps of a measurement; more where the top eigenvalues are close.
+      num_matvecs: Lanczos steps of a measurement; more where the top eigenvalues are close.
       trace_decay: decay of the average of the trace, which has one probe a measurement.
       from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
         direction is kept.
@@ -90,7 +91,7 @@ def track_sharpness(
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
     check_size("every", every)
-    check_size("num_products", num_products)
+    check_size("num_matvecs", num_matvecs)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
@@ -139,7 +140,7 @@ def track_sharpness(
 
         def measure(state: TrackSharpnessState) -> TrackSharpnessState:
             product = _wide_product(obj_fn, params)
-            value, direction = _ritz(product, state.direction, num_products)
+            value, direction = _ritz(product, state.direction, num_matvecs)
             probe_key = jax.random.fold_in(state.probe_key, state.steps_seen)
             probe = random_probe(probe_key, state.direction)
             sample = tree_dot(probe, product(probe)).astype(jnp.float32)
@@ -196,27 +197,32 @@ def _ritz(
     dtype = jnp.result_type(*jax.tree.leaves(start))
     basis = DenseWindow.empty(start, number, None)
     matrix = jnp.zeros((number, number), dtype)
-    vector, length = start, jnp.ones((), dtype)
+    vector, length, unit = start, jnp.ones((), dtype), None
     # Unrolled: a loop would slow the gradients of convolutions on a CPU.
     for step in range(number):
         basis = basis.push(vector, jnp.int32(step))
-        rest = product(vector)
-        column = jnp.zeros(number, dtype)
-        for _ in range(2):
-            coefficients = basis.dots(rest, dtype)
-            spanned = basis.combine(coefficients, rest)
-            rest = jax.tree.map(lambda a, b: a - b.astype(a.dtype), rest, spanned)
-            column = column + coefficients
+        image = product(vector)
+        if unit is None:
+            unit = _power_of_two(tree_norm(image))
+        column, rest, rest_length = orthogonalized(
+            basis, jax.tree.map(lambda leaf, u=unit: leaf / u.astype(leaf.dtype), image)
+        )
         matrix = matrix.at[:, step].set(column).at[step, :].set(column)
         # An exhausted space: further vectors are zeros, whose value must not be the largest.
-        scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(dtype).tiny)
+        scale = jnp.abs(matrix).max()
         below = matrix[0, 0] - scale - 1
         matrix = matrix.at[step, step].set(jnp.where(length > 0, matrix[step, step], below))
-        length = tree_norm(rest)
-        length = jnp.where(length > 100 * jnp.finfo(dtype).eps * scale, length, 0)
+        length = jnp.where(rest_length > 100 * jnp.finfo(dtype).eps * scale, rest_length, 0)
         vector = jax.tree.map(
             lambda r, b=length: jnp.where(b > 0, r / jnp.where(b > 0, b, 1), 0).astype(r.dtype),
             rest,
         )
     values, vectors = jnp.linalg.eigh(matrix)
-    return values[-1], _unit(basis.combine(vectors[:, -1], start))
+    return unit * values[-1], _unit(basis.combine(vectors[:, -1], start))
+
+
+def _power_of_two(length: jax.Array) -> jax.Array:
+    """A power of two close to a length; 1 of zero."""
+    limit = jnp.finfo(length.dtype).maxexp - 2
+    exponent = jnp.clip(jnp.frexp(length)[1], -limit, limit)
+    return jnp.where(length > 0, jnp.ldexp(jnp.ones_like(length), exponent), 1)

@@ -82,7 +82,9 @@ def trace(
     if method == "hutchinson":
         samples = _quadratic_forms(operator, products, key, num_probes, probes_together)
         return _result(0.0, samples, products)
-    return _hutch_plus_plus(operator, products, key, min(num_probes, operator.size), probes_together)
+    return _hutch_plus_plus(
+        operator, products, key, min(num_probes, operator.size), probes_together
+    )
 
 
 def _quadratic_forms(

@@ -49,11 +49,20 @@ class TestTracker:
         )
         assert np.isfinite(optax.tree.get(state, "hessian_trace"))
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e30])
+    def test_the_scale_of_the_loss_makes_no_difference(self, scale):
+        matrix = jnp.asarray(np.diag([5.0, 3.0, -4.0]) + 0.5, jnp.float32) * scale
+        tx = spectrum.track_sharpness(0.1, num_matvecs=4)
+        params = jnp.zeros(3)
+        _, state = tx.update(params, tx.init(params), params, obj_fn=lambda x: x @ matrix @ x / 2)
+        exact = np.linalg.eigvalsh(np.asarray(matrix, np.float64))[-1]
+        np.testing.assert_allclose(state.sharpness, exact, rtol=1e-5)
+
     def test_an_exhausted_space_gives_the_exact_value(self):
         def loss(x):
             return jnp.sum(jnp.array([3.0, -1.0]) * x**2) / 2
 
-        tx = spectrum.track_sharpness(lambda count: 0.5 / (1 + count), num_products=6)
+        tx = spectrum.track_sharpness(lambda count: 0.5 / (1 + count), num_matvecs=6)
         params = jnp.ones(2)
         _, state = tx.update(params, tx.init(params), params, obj_fn=loss)
         np.testing.assert_allclose(state.sharpness, 3.0, rtol=1e-5)
@@ -64,7 +73,7 @@ class TestTracker:
     def test_a_converged_direction_stays_finite(self, diagonal):
         """The vector of an exhausted space was divided by its length of zero."""
         entries = jnp.array(diagonal)
-        tx = spectrum.track_sharpness(0.1, num_products=3)
+        tx = spectrum.track_sharpness(0.1, num_matvecs=3)
         params, state = jnp.ones(2), tx.init(jnp.ones(2))
         for _ in range(6):
             _, state = tx.update(
@@ -123,7 +132,7 @@ class TestTracker:
         tx, ones = spectrum.track_sharpness(0.1), jnp.ones(2)
         with pytest.raises(ValueError, match="needs params and the loss"):
             tx.update(ones, tx.init(ones), ones)
-        for options in ({"every": 0}, {"num_products": 0}, {"trace_decay": 1.0}):
+        for options in ({"every": 0}, {"num_matvecs": 0}, {"trace_decay": 1.0}):
             with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
                 spectrum.track_sharpness(0.1, **options)
 
