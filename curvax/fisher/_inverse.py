@@ -57,7 +57,7 @@ class _Try(NamedTuple):
 
 @jax.jit
 def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
-    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with the least damping that works.
+    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, damped more if need be.
 
     The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
     $D = \operatorname{diag} K$, so that gradients of very different length, as in a run that

@@ -59,9 +59,9 @@ def top_eigenpairs(
     A Krylov space holds one copy of each distinct eigenvalue, whatever its multiplicity. So once
     the residuals are small, the operator is deflated, $C = (I - V V^T) A (I - V V^T)$, and a
     Lanczos run from a random vector $r$ looks for an eigenvalue of $C$ that is wanted too. With the
-    orthonormal polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values has
-    a component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$; the run ends when that is
-    improbably small, or with a missed copy, from which the search goes on.
+    orthonormal polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values
+    has a component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$. The run ends when that is
+    improbably small, or with a Ritz value beyond the wanted ones; then the search goes on from $r$.
 
     Args:
       operator: a symmetric operator, of any scale.
@@ -139,7 +139,7 @@ def top_eigenpairs(
 
 
 class _Line(NamedTuple):
-    r"""A direction $f$ outside of the basis, and its row $c$: $A Q = Q H + \sum f c^T$ over lines."""
+    r"""A direction $f$ outside of the basis with its coupling $c$: $A Q = Q H + \sum f c^T$."""
 
     direction: PyTree
     coupling: np.ndarray
@@ -260,7 +260,12 @@ class _Search:
         needed = (self._operator.size - deflated.shape[1]) / _MISSED**2
         _, start, length = self._basis.orthogonalized(self._random(), projector)
         start = current = previous = _scaled(start, length)
-        polynomial, last, total, beta = np.ones(points.shape), np.zeros(points.shape), 1.0, 0.0
+        polynomial, last, total, beta = (
+            np.ones(points.shape),
+            np.zeros(points.shape),
+            np.ones(points.shape),
+            0.0,
+        )
         while not self.is_spent:
             (image,) = self.products.take([current])
             alpha, rest, _ = three_terms(image, current, previous, beta)

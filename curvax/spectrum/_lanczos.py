@@ -8,6 +8,7 @@ makes these passes only where it has reached the square root of the rounding uni
 exact to full precision (Simon, 1984).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -233,7 +234,7 @@ class ScaledProducts:
         if not self._is_known and max(lengths) > 0:
             self._is_known = True
             largest = jnp.finfo(jnp.result_type(*jax.tree.leaves(self._operator.like))).maxexp - 2
-            self.scale = 2.0 ** np.clip(np.round(np.log2(max(lengths))), -largest, largest)
+            self.scale = 2.0 ** max(-largest, min(largest, round(math.log2(max(lengths)))))
         return [_divided(image, self.scale) for image in images]
 
 
