@@ -25,7 +25,7 @@ import numpy as np
 import timing
 
 from curvax.fisher import solve_damped_gram
-from curvax.fisher._cholesky import cholesky_solve
+from curvax.fisher._cholesky import cholesky_solver
 
 HIGHEST = jax.lax.Precision.HIGHEST
 DAMPING = 1e-6
@@ -147,7 +147,7 @@ def damped(solve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 SOLVERS = {
     "LAPACK's Cholesky": damped(lapack),
-    "cholesky_solve": damped(cholesky_solve),
+    "cholesky_solver": damped(lambda matrix, rhs: cholesky_solver(matrix)(rhs)),
     "solve_damped_gram": from_gram,
 }
 BORDERED = "bordered inverse"

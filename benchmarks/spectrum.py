@@ -198,7 +198,7 @@ def _full(
         "eigenvalues": pairs.values.tolist(),
         "residuals": np.asarray(pairs.residuals).tolist(),
         "eigenvalue_seconds": middle - start,
-        "eigenvalue_products": int(pairs.num_products),
+        "eigenvalue_products": int(pairs.num_matvecs),
         "density_seconds": end - middle,
         "density_products": density.num_matvecs,
         "wasserstein_error": density.wasserstein_error,

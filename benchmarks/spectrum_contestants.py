@@ -51,7 +51,7 @@ def curvax(problem: Problem) -> dict[str, Task]:
 
     def eigenvalues() -> dict[str, Any]:
         pairs = spectrum.top_eigenpairs(operator, TOP, key=key, tolerance=TOLERANCE)
-        return {"values": pairs.values.tolist(), "products": int(pairs.num_products)}
+        return {"values": pairs.values.tolist(), "products": int(pairs.num_matvecs)}
 
     def trace() -> dict[str, Any]:
         result = spectrum.trace(operator, key=key, num_probes=NUM_PROBES)

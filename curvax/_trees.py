@@ -69,8 +69,19 @@ def tree_dot(first: PyTree, second: PyTree) -> jax.Array:
 
 @jax.jit
 def tree_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm."""
-    return jnp.sqrt(tree_dot(tree, tree))
+    """The Euclidean norm; squares neither overflow nor vanish where the norm itself does not."""
+    dtype = widest_dtype(tree)
+    power = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
+
+    def squares(factor: Any) -> jax.Array:
+        sums = [jnp.sum(jnp.square(leaf.astype(dtype) * factor)) for leaf in jax.tree.leaves(tree)]
+        return jnp.sum(jnp.stack(sums)) if sums else jnp.zeros((), dtype)
+
+    plain = squares(1)
+    factor = jnp.where(plain < 1 / power, power, 1 / power).astype(dtype)
+    safe = (plain >= 1 / power) & jnp.isfinite(plain)
+    # The second pass is rarely made: most norms cost one.
+    return jax.lax.cond(safe, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor)
 
 
 @functools.partial(

@@ -75,7 +75,7 @@ def value_grad_and_hessian_diag(
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
     def value_grad_and_diag(
-        params: PyTree, *args: Any, key: jax.Array, **kwargs: Any
+        params: PyTree, *args: Any, key: jax.Array | int, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
         def sample(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
             value, grads, product = one_pass(params, probe, *args, **kwargs)
@@ -90,12 +90,12 @@ def value_grad_and_hessian_diag(
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(leaves)
         return ((value, aux) if has_aux else value), tree.tangent(grads)
 
-    return OnePass(value_grad_and_diag, value_and_grad)
+    return OnePass(fun, value_grad_and_diag, value_and_grad)
 
 
 def mean_over_probes(
     sample: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
-    key: jax.Array,
+    key: jax.Array | int,
     params: PyTree,
     num_probes: int,
     distribution: Distribution,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax._checks import check_keywords
 from curvax._trees import PyTree
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution
@@ -65,6 +66,7 @@ def from_state(
       >>> print(updates.round(2)[:, 0])
       [0.1 0.1]
     """
+    check_keywords("from_state", getattr(one_pass, "fun", one_pass), ("state", "refresh"))
     value_and_grad = getattr(one_pass, "value_and_grad", None)
 
     def value_grad_and_diag(

@@ -250,7 +250,7 @@ def value_grad_and_ggn_diag(
     check_keywords("value_grad_and_ggn_diag", network, ("targets", "key"))
 
     def value_grad_and_diag(
-        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
+        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
         point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
         batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
@@ -264,7 +264,7 @@ def value_grad_and_ggn_diag(
 
         return mean_over_probes(estimate, key, params, num_probes, distribution)
 
-    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
+    return OnePass(network, value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def value_grad_and_ggn_diag_from_outputs(
@@ -327,7 +327,7 @@ def value_grad_and_ggn_diag_from_outputs(
     check_keywords("value_grad_and_ggn_diag_from_outputs", network, ("targets", "key"))
 
     def value_grad_and_diag(
-        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
+        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
         point = linearize_network(
             network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
@@ -342,7 +342,7 @@ def value_grad_and_ggn_diag_from_outputs(
 
         return mean_over_probes(estimate, key, point.outputs, num_probes, distribution)
 
-    return OnePass(value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
+    return OnePass(network, value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
 def _value_and_grad(

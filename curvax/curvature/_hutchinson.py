@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, check_keywords, warn_of_batch_stats
+from curvax._checks import as_key, check_choice, check_count, check_keywords, warn_of_batch_stats
 from curvax._trees import Differentiable, PyTree, is_inexact, widen
 from curvax.curvature._compiled import Static, compiled_once
 from curvax.curvature._modes import MODES, Mode
@@ -118,7 +118,7 @@ def hessian_diag(
     fun: Callable[..., Any],
     params: PyTree,
     *args: Any,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     num_probes: int = 32,
     probe_batch_size: int = 1,
     distribution: Distribution = "rademacher",
@@ -143,7 +143,7 @@ def hessian_diag(
       params: a tree of arrays, the point at which the Hessian is taken.
       *args: further arguments of ``fun``. Arrays in them may change without a new compilation;
         anything else, such as a Python number, is static.
-      key: a PRNG key; not needed by ``"exact"``.
+      key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: how many products are vectorized; the rest follow one batch after
         the other. One keeps the memory at that of a single product; larger is faster. (On
@@ -189,7 +189,7 @@ def hessian_trace(
     fun: Callable[..., Any],
     params: PyTree,
     *args: Any,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     num_probes: int = 32,
     probe_batch_size: int = 1,
     distribution: Distribution = "rademacher",
@@ -213,7 +213,7 @@ def hessian_trace(
         ``(scalar, aux)`` with ``has_aux``.
       params: a tree of arrays, the point at which the Hessian is taken.
       *args: further arguments of ``fun``.
-      key: a PRNG key; not needed by ``"exact"``.
+      key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: how many products are vectorized, see `curvax.hessian_diag`.
       distribution: ``"rademacher"`` or ``"normal"``.
@@ -258,7 +258,7 @@ def _estimate(
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    key: jax.Array | None,
+    key: jax.Array | int | None,
     options: _Options,
 ) -> Any:
     """Checks the options, and calls the estimator that is compiled for ``fun``."""
@@ -272,12 +272,12 @@ def _estimate(
         raise ValueError('a random estimate needs a key; pass key= or method="exact".')
     arrays, static = Static.split((args, kwargs))
     compiled = compiled_once(_compiled, fun, estimator=estimator)
-    return compiled(options, static, params, arrays, key)
+    return compiled(options, static, params, arrays, as_key(key))
 
 
 def _compiled(fun: Callable[..., Any], *, estimator: Callable[..., Any]) -> Callable[..., Any]:
     def estimate(
-        options: _Options, static: Static, params: PyTree, arrays: Any, key: jax.Array | None
+        options: _Options, static: Static, params: PyTree, arrays: Any, key: jax.Array
     ) -> Any:
         args, kwargs = static.merge(arrays)
         product = linearized_hvp(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from curvax._checks import check_count, check_like, check_range
+from curvax._checks import as_key, check_count, check_like, check_range
 from curvax._trees import PyTree, named_leaves, tree_dot, tree_norm, widen
 from curvax.curvature._probes import Distribution, random_probe
 
@@ -117,11 +117,11 @@ class Operator:
     def _cast(self, vector: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), vector, self.like)
 
-    def random_vector(self, key: jax.Array, distribution: Distribution = "normal") -> PyTree:
+    def random_vector(self, key: jax.Array | int, distribution: Distribution = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""
         leaves, treedef = jax.tree.flatten(self.like)
         shardings = tuple(_named_sharding(leaf) for leaf in leaves)
-        return jax.tree.unflatten(treedef, _drawer(shardings)(key, leaves, distribution))
+        return jax.tree.unflatten(treedef, _drawer(shardings)(as_key(key), leaves, distribution))
 
     def flat_product(self) -> Callable[[jax.Array], jax.Array]:
         """The product on flat vectors of JAX, as matfree's functions take it."""
@@ -155,13 +155,13 @@ class Operator:
 
 
 def check_symmetric(
-    operator: Operator, *, key: jax.Array, num_probes: int = 3, tolerance: float = 1e-3
+    operator: Operator, *, key: jax.Array | int, num_probes: int = 3, tolerance: float = 1e-3
 ) -> None:
     r"""Raises unless $u^T A v = v^T A u$ for random vectors.
 
     Args:
       operator: $A$.
-      key: a PRNG key for the vectors.
+      key: a PRNG key for the vectors, or an integer seed.
       num_probes: the number of pairs.
       tolerance: of the difference, relative to $\lVert A u \rVert + \lVert A v \rVert$: of random
         vectors the first has the size of $\lVert A - A^T \rVert_F$, the second of
@@ -182,7 +182,7 @@ def check_symmetric(
     """
     check_count("num_probes", num_probes)
     check_range("tolerance", tolerance, low=0.0)
-    for pair in jax.random.split(key, num_probes):
+    for pair in jax.random.split(as_key(key), num_probes):
         u, v = (operator.random_vector(part) for part in jax.random.split(pair))
         image_u, image_v = operator(u), operator(v)
         difference = abs(float(tree_dot(u, image_v) - tree_dot(v, image_u)))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice
+from curvax._checks import as_key, check_choice
 from curvax._trees import PyTree, is_inexact
 
 Distribution = Literal["rademacher", "normal"]
@@ -29,7 +29,7 @@ _SAMPLERS = {"rademacher": _signs, "normal": jax.random.normal}
 
 
 def random_probe(
-    key: jax.Array, params: PyTree, distribution: Distribution = "rademacher"
+    key: jax.Array | int, params: PyTree, distribution: Distribution = "rademacher"
 ) -> PyTree:
     r"""Draws a tree of independent random entries with mean zero and variance one.
 
@@ -39,7 +39,7 @@ def random_probe(
     one.
 
     Args:
-      key: a PRNG key, typed or raw. Every leaf draws from its own part of it.
+      key: a PRNG key, typed or raw, or an integer seed. Every leaf draws from its own part of it.
       params: a tree of arrays; only shapes, dtypes and shardings are read.
       distribution: ``"rademacher"`` or ``"normal"``.
 
@@ -62,7 +62,7 @@ def random_probe(
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params
-    keys = jax.random.split(key, len(leaves))
+    keys = jax.random.split(as_key(key), len(leaves))
     probes = [
         _leaf_probe(leaf_key, leaf, distribution)
         for leaf_key, leaf in zip(keys, leaves, strict=True)
@@ -80,7 +80,10 @@ def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Ar
         )
     # On explicit meshes a sampler's result is replicated unless told otherwise.
     sampler = _SAMPLERS[distribution]
-    return sampler(key, shape, dtype, out_sharding=jax.typeof(leaf).sharding)
+    probe = sampler(key, shape, dtype, out_sharding=jax.typeof(leaf).sharding)
+    # Within shard_map a probe must vary over the devices that its leaf varies over.
+    varies = getattr(jax.typeof(leaf), "vma", None)
+    return probe + jnp.zeros_like(leaf) if varies else probe
 
 
 def _halves(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,8 @@ from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then took 
 (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single thread.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,46 +15,51 @@ HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128
 
 
-def cholesky_solve(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    r"""Solves $A x = b$; NaN where a pivot is not positive.
+def cholesky_solver(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    r"""Factors $A$ and returns ``b -> x`` with $A x = b$; NaN where a pivot is not positive.
 
     With the leading block $A_{11} = L L^T$ and $W = L^{-1}$, the rest of the matrix is reduced to
-    $A_{22} - R^T R$, $R = W A_{12}$, and so on; then back in reverse order.
+    $A_{22} - R^T R$, $R = W A_{12}$, and so on; a solution reduces $b$ alike, then goes back in
+    reverse order.
 
     Args:
       matrix: $A$, symmetric, of shape (m, m).
-      rhs: $b$, of shape (m,).
 
     Returns:
-      $x$, of shape (m,).
+      A function of $b$, of shape (m,), which returns $x$.
     """
     size = len(matrix)
     block = min(_BLOCK, 1 << (size - 1).bit_length())
-    rest, vector = _padded(matrix, rhs, -size % block)
+    margin = -size % block
+    rest = _padded(matrix, margin)
     steps = []
     while len(rest):
         factor = jax.lax.linalg.cholesky(rest[:block, :block], symmetrize_input=False)
         inverse = _inverse_of_lower(factor)
         row = _product(inverse, rest[:block, block:])
-        head = _product(inverse, vector[:block])
-        steps.append((inverse, row, head))
+        steps.append((inverse, row))
         rest = rest[block:, block:] - _product(row.T, row)
-        vector = vector[block:] - _product(row.T, head)
-    solution = vector
-    for inverse, row, head in reversed(steps):
-        leading = _product(inverse.T, head - _product(row, solution))
-        solution = jnp.concatenate([leading, solution])
-    return solution[:size]
+
+    def solve(rhs: jax.Array) -> jax.Array:
+        vector = jnp.pad(rhs, (0, margin))
+        heads = []
+        for inverse, row in steps:
+            heads.append(_product(inverse, vector[:block]))
+            vector = vector[block:] - _product(row.T, heads[-1])
+        solution = vector
+        for (inverse, row), head in zip(reversed(steps), reversed(heads), strict=True):
+            leading = _product(inverse.T, head - _product(row, solution))
+            solution = jnp.concatenate([leading, solution])
+        return solution[:size]
+
+    return solve
 
 
-def _padded(matrix: jax.Array, rhs: jax.Array, margin: int) -> tuple[jax.Array, jax.Array]:
-    """The system with further unknowns that are zero."""
+def _padded(matrix: jax.Array, margin: int) -> jax.Array:
+    """The matrix of a system with further unknowns, which are zero."""
     if not margin:
-        return matrix, rhs
-    return (
-        jax.scipy.linalg.block_diag(matrix, jnp.eye(margin, dtype=matrix.dtype)),
-        jnp.pad(rhs, (0, margin)),
-    )
+        return matrix
+    return jax.scipy.linalg.block_diag(matrix, jnp.eye(margin, dtype=matrix.dtype))
 
 
 def _inverse_of_lower(factor: jax.Array) -> jax.Array:

@@ -91,12 +91,14 @@ def _in_blocks(
     ):
         piece = kernel(rows, vector, mask, num_rows * damping)
         if not primal:
-            piece = _few_in_primal_form(blocks, piece, rows, vector, mask, num_rows * damping)
+            piece = _sparse_blocks_in_primal_form(
+                blocks, piece, rows, vector, mask, num_rows * damping
+            )
         pieces.append(piece)
     return blocks.leaves(pieces)
 
 
-def _few_in_primal_form(
+def _sparse_blocks_in_primal_form(
     blocks: ColumnBlocks,
     changes: jax.Array,
     rows: jax.Array,
@@ -118,11 +120,11 @@ def _few_in_primal_form(
     for place, block in zip(places, few, strict=True):
         place[: counts[block]] = np.flatnonzero(kept[block])
     chosen = (blocks.everywhere(array[few]) for array in (rows, vector))
-    return _few(changes, *chosen, few, places, shift)
+    return _scattered_ridge(changes, *chosen, few, places, shift)
 
 
 @jax.jit
-def _few(
+def _scattered_ridge(
     changes: jax.Array,
     rows: jax.Array,
     vector: jax.Array,

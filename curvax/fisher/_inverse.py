@@ -22,16 +22,16 @@ The published code factors $K$ by an $LDL^T$ recurrence; this is the same matrix
 Cholesky, with the residual checked.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax.fisher._cholesky import HIGHEST, cholesky_solve
+from curvax.fisher._cholesky import HIGHEST, cholesky_solver
 
-# Of the residual, relative to the right-hand side: float32 reaches it up to condition numbers of
-# about 1e6.
-_TOLERANCE = 0.1
+_RESIDUAL = 0.03  # relative to the right-hand side
+_ERROR = 0.5  # estimated, relative to the update: a larger damping errs by as much
 
 
 class Solution(NamedTuple):
@@ -47,16 +47,24 @@ class Solution(NamedTuple):
     failed: jax.Array
 
 
+class _Try(NamedTuple):
+    """The last of several tries: how many were made, what it gave, whether that is accurate."""
+
+    number: jax.Array
+    solution: jax.Array
+    accurate: jax.Array
+
+
 @jax.jit
 def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
-    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with a safe second try.
+    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, damped more if need be.
 
-    The system is scaled to a unit diagonal, $D^{-1/2} K D^{-1/2}$ with $D = \operatorname{diag} K$,
-    so that gradients of very different length, as in a run that converges, do no harm. A solution
-    counts if its scaled residual, $\lVert D^{-1/2} (b - K x) \rVert_1$, is at most a tenth of
-    $\lVert D^{-1/2} b \rVert_1$. If it is larger or not finite, the diagonal is raised by a few
-    units of rounding, relative to itself: a larger damping, just above what the precision can
-    tell from a singular matrix.
+    The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
+    $D = \operatorname{diag} K$, so that gradients of very different length, as in a run that
+    converges, do no harm. A solution counts if its residual, $c - A y$, is at most 3 % of $c$,
+    or if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise the
+    precision cannot tell $K$ from a singular matrix, and the diagonal of $A$ is raised by one unit
+    of rounding, then by four, and so on until a solution counts.
 
     Args:
       gram: $G G^T$, of shape (m, m).
@@ -64,7 +72,7 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
       rhs: $b$, of shape (m,).
 
     Returns:
-      The solution, and whether it took the second try.
+      The solution, and whether it took more than one try.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,28 +83,44 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
       >>> print(2 * grads.T @ x)  # F^-1 of the second, F = 0.5 I + G^T G / 2
       [0.    0.667 0.667]
     """
-    size = len(gram)
     diagonal = jnp.diagonal(gram) + shift
     scale = jax.lax.rsqrt(diagonal)
-    jitter = 16 * size * float(jnp.finfo(gram.dtype).eps)
+    length = jnp.max(jnp.abs(scale * rhs))
+    target = scale * rhs / jnp.where(length > 0, length, 1)
+    matrix = gram * scale[:, jnp.newaxis] * scale
+    dampings = [0.0, *jitters(len(gram), gram.dtype)]
 
-    def length(vector: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.abs(scale * vector))
+    def wants_a_try(last: _Try) -> jax.Array:
+        return (last.number < len(dampings)) & ~last.accurate
 
-    def wants_a_try(tries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        number, _, accurate = tries
-        return (number < 2) & ~accurate
+    def next_try(last: _Try) -> _Try:
+        added = scale**2 * shift + jnp.asarray(dampings, gram.dtype)[last.number]
+        solve = cholesky_solver(matrix + jnp.diag(added))
+        solution = solve(target)
+        image = jnp.matmul(matrix, solution, precision=HIGHEST)
+        residual = target - added * solution - image
+        error = jnp.dot(residual, solve(residual), precision=HIGHEST)
+        # The squared length of G^T x, less what rounding may have added to it.
+        noise = 0.5 * float(jnp.finfo(gram.dtype).eps) * solution
+        squared = jnp.dot(solution, image - noise, precision=HIGHEST)
+        accurate = jnp.abs(error) <= _ERROR**2 * squared
+        accurate |= jnp.sum(jnp.abs(residual)) <= _RESIDUAL * jnp.sum(jnp.abs(target))
+        return _Try(last.number + 1, solution, accurate)
 
-    def next_try(tries: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        number, _, _ = tries
-        raised = scale**2 * shift + number.astype(gram.dtype) * jitter
-        matrix = gram * scale[:, jnp.newaxis] * scale + jnp.diag(raised)
-        solution = scale * cholesky_solve(matrix, scale * rhs)
-        residual = rhs - shift * solution - jnp.matmul(gram, solution, precision=HIGHEST)
-        return number + 1, solution, length(residual) <= _TOLERANCE * length(rhs)
+    # Made of the inputs, so that under shard_map they vary over devices as the tries do.
+    none = length < 0
+    start = _Try(none.astype(jnp.int32), jnp.zeros_like(target), none)
+    last = jax.lax.while_loop(wants_a_try, next_try, start)
+    # Each gradient by itself, should even the last try fail.
+    finite = jnp.all(jnp.isfinite(last.solution))
+    solution = jnp.where(finite, scale * last.solution * length, rhs / diagonal)
+    return Solution(solution, last.number > 1)
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(rhs), jnp.array(False))
-    number, solution, _ = jax.lax.while_loop(wants_a_try, next_try, start)
-    # Each gradient by itself, should even the second try fail.
-    solution = jnp.where(jnp.all(jnp.isfinite(solution)), solution, rhs / diagonal)
-    return Solution(solution, number > 1)
+
+def jitters(size: int, dtype: jnp.dtype) -> list[float]:
+    """What is added to a unit diagonal, one after the other, until a factorization succeeds.
+
+    The last is above the rounding of any matrix of that size.
+    """
+    epsilon = float(jnp.finfo(dtype).eps)
+    return [epsilon * 4.0**power for power in range(math.ceil(math.log(16 * size, 4)) + 1)]

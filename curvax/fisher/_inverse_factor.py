@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher._inverse import jitters
 from curvax.fisher._window import replicated
 
 _ROW_BLOCKS = 4
@@ -20,8 +21,8 @@ def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""$C^{-1}$ with $A = C C^T$, for each of several matrices.
 
     Each matrix is scaled to a unit diagonal first, so that gradients of very different length do
-    no harm. Where the factorization fails, the diagonal is raised by a few units of rounding,
-    relative to itself: a larger damping, just above what the precision can tell from a singular
+    no harm. Where the factorization fails, the diagonal is raised by the least of `jitters` with
+    which it succeeds: a larger damping, just above what the precision can tell from a singular
     matrix.
 
     Args:
@@ -34,18 +35,29 @@ def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jax.lax.rsqrt(jnp.diagonal(matrix, axis1=-2, axis2=-1))
     unit = matrix * scale[..., :, jnp.newaxis] * scale[..., jnp.newaxis, :]
     identity = jnp.eye(size, dtype=matrix.dtype)
-    factor = _factor(unit)
-    failed = ~jnp.all(jnp.isfinite(factor), axis=(-2, -1))
-    jitter = 16 * size * float(jnp.finfo(matrix.dtype).eps) * identity
-    factor = jax.lax.cond(
-        jnp.any(failed),
-        lambda: jnp.where(failed[..., jnp.newaxis, jnp.newaxis], _factor(unit + jitter), factor),
-        lambda: factor,
-    )
+    dampings = jnp.asarray(jitters(size, matrix.dtype), matrix.dtype)
+    first = _factor(unit)
+    failed = _has_failed(first)
+
+    def wants_a_try(last: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, factor = last
+        return (number < len(dampings)) & jnp.any(_has_failed(factor))
+
+    def next_try(last: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, factor = last
+        damped = _factor(unit + dampings[number] * identity)
+        bad = _has_failed(factor)[..., jnp.newaxis, jnp.newaxis]
+        return number + 1, jnp.where(bad, damped, factor)
+
+    _, factor = jax.lax.while_loop(wants_a_try, next_try, (jnp.int32(0), first))
     inverse = jax.lax.linalg.triangular_solve(
         factor, jnp.broadcast_to(identity, matrix.shape), left_side=True, lower=True
     )
     return inverse * scale[..., jnp.newaxis, :], failed
+
+
+def _has_failed(factor: jax.Array) -> jax.Array:
+    return ~jnp.all(jnp.isfinite(factor), axis=(-2, -1))
 
 
 def _factor(matrix: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from curvax.fisher._cholesky import HIGHEST
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
 _SMALL = 1024  # a leaf of fewer entries is summed as a whole
-_FEW = 256  # rows; a flat leaf of no more is summed as a whole, too
+_NARROW = 256  # rows; a flat leaf of no more is summed as a whole, too
 
 
 class Window(Protocol):
@@ -62,8 +62,11 @@ class DenseWindow(NamedTuple):
         return cls(jax.tree.map(rows, params))
 
     def compress(self, grads: PyTree) -> tuple[PyTree, PyTree]:
-        rounded = jax.tree.map(lambda g, rows: round_to(g, rows.dtype), grads, self.rows)
-        return rounded, rounded
+        def rounded(grad: jax.Array, rows: jax.Array) -> jax.Array:
+            return round_to(grad, rows.dtype) if len(rows) else jnp.zeros_like(grad)
+
+        row = jax.tree.map(rounded, grads, self.rows)
+        return row, row
 
     def push(self, row: PyTree, slot: jax.Array) -> Self:
         return self._replace(rows=insert_row(self.rows, row, slot))
@@ -135,7 +138,7 @@ def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
     if rows.dtype == jnp.bfloat16:
         return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
     vector = vector.astype(rows.dtype)
-    if vector.ndim == 1 and len(rows) <= _FEW:
+    if vector.ndim == 1 and len(rows) <= _NARROW:
         # Further columns would double this pass, which is most of a step with so few rows.
         return _contract(rows, vector[:, jnp.newaxis], 1, rows.dtype)
     if vector.ndim == 1 and vector.size >= _SMALL:

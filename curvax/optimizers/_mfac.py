@@ -29,11 +29,10 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_like, check_range, check_real, check_size
-from curvax._trees import PyTree, is_inexact, wide_dtype, widen, widest_dtype
-from curvax.fisher._cholesky import HIGHEST
+from curvax._trees import PyTree, is_inexact, tree_norm, wide_dtype, widen, widest_dtype
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._sparse_window import SparseWindow
-from curvax.fisher._window import DenseWindow, Window
+from curvax.fisher._window import DenseWindow, Window, row_dtype
 from curvax.optimizers._memory import check_window_memory
 
 Scalar = jax.typing.ArrayLike
@@ -168,12 +167,16 @@ def scale_by_mfac(
         del extra_args
         check_like("the gradients", updates, gradient_shapes(state))
         dtype = state.gram.dtype
-        finite = _is_finite(updates, dtype)
+        entering = jax.tree.map(widen, updates)
+        if state.feedback is not None:
+            entering = optax.tree.add(entering, state.feedback)
+        finite = _is_finite(entering, window_dtype, dtype)
         damping_now, normalizer = scales(state.count, dtype)
-        window, gram, newest, feedback = _enter(updates, state, finite)
+        window, gram, newest, feedback = _inserted(entering, state, finite)
         solution = solve_damped_gram(gram, normalizer * damping_now, newest.astype(dtype))
-        weights = _bounded(normalizer * solution.x, gram, max_update_norm)
-        scaled = window.combine(weights, updates)
+        scaled = window.combine(normalizer * solution.x, updates)
+        if max_update_norm is not None:
+            scaled = _bounded(scaled, max_update_norm)
         if state.mu is not None:
             scaled = jax.tree.map(lambda u, v: _average(u, v, momentum), scaled, state.mu)
 
@@ -187,10 +190,9 @@ def scale_by_mfac(
         )
         new_state = _select_small(finite, taken, state)._replace(window=window, gram=gram)
         like = updates if params is None else params
-        handed_on = jax.tree.map(
-            lambda u, p: _handed_on(u, finite, jnp.result_type(p)), scaled, like
-        )
-        return handed_on, new_state
+        return jax.tree.map(
+            lambda u, p: _as_update(u, finite, jnp.result_type(p)), scaled, like
+        ), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -302,23 +304,20 @@ def mfac(
     )
 
 
-def _enter(
-    updates: PyTree, state: ScaleByMfacState, finite: jax.Array
+def _inserted(
+    grads: PyTree, state: ScaleByMfacState, finite: jax.Array
 ) -> tuple[Window, jax.Array, jax.Array, PyTree | None]:
-    """Window, Gram matrix, which row is the newest, and error feedback, with the gradient in.
+    """Window and Gram matrix with the gradient in, which row it is, and the new error feedback.
 
     If it is not ``finite``, window and Gram matrix are as they were and no row is the newest.
     """
     size = len(state.gram)
     slot = state.count % size
-    entering = jax.tree.map(widen, updates)
-    if state.feedback is not None:
-        entering = optax.tree.add(entering, state.feedback)
-    row, kept = state.window.compress(entering)
+    row, kept = state.window.compress(grads)
     window = _push_if(finite, state.window, row, slot)
     newest = (jnp.arange(size) == slot) & finite
     gram = _with_row(state.gram, newest, window.dots(kept, state.gram.dtype))
-    feedback = None if state.feedback is None else optax.tree.sub(entering, kept)
+    feedback = None if state.feedback is None else optax.tree.sub(grads, kept)
     return window, gram, newest, feedback
 
 
@@ -350,14 +349,10 @@ def _select_small(
     return state._replace(**selected)
 
 
-def _bounded(weights: jax.Array, gram: jax.Array, max_norm: Scalar | None) -> jax.Array:
-    """Weights of rows whose combination has at most the norm, known from the Gram matrix."""
-    if max_norm is None:
-        return weights
-    image = jnp.matmul(gram, weights, precision=HIGHEST)
-    squared = jnp.dot(weights, image, precision=HIGHEST)
-    norm = jnp.sqrt(jnp.maximum(squared, 0))
-    return weights * jnp.minimum(1, max_norm / jnp.where(norm > 0, norm, 1)).astype(weights.dtype)
+def _bounded(updates: PyTree, max_norm: Scalar) -> PyTree:
+    """The updates, shortened to the norm where they are longer."""
+    factor = jnp.minimum(1, max_norm / tree_norm(updates))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
 
 
 def _average(update: jax.Array, mean: jax.Array, decay: Scalar) -> jax.Array:
@@ -365,18 +360,25 @@ def _average(update: jax.Array, mean: jax.Array, decay: Scalar) -> jax.Array:
     return decay * mean.astype(update.dtype) + (1 - decay) * update
 
 
-def _handed_on(update: jax.Array, finite: jax.Array, dtype: Any) -> jax.Array:
+def _as_update(update: jax.Array, finite: jax.Array, dtype: Any) -> jax.Array:
     """The update in the params' dtype; NaN where the gradient was not finite."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.zeros_like(update, dtype=dtype)
     return jnp.where(finite, update, jnp.nan).astype(dtype)
 
 
-def _is_finite(updates: PyTree, dtype: Any) -> jax.Array:
-    """Judged on the squared norm, which overflows first and on a mesh is one number a leaf."""
-    leaves = [leaf for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
-    squares = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
-    return jnp.isfinite(sum(squares, start=jnp.zeros((), dtype)))
+def _is_finite(grads: PyTree, window_dtype: Any | None, gram_dtype: Any) -> jax.Array:
+    """Whether squares of a gradient can be summed in the rows' dtype and kept in the Gram matrix.
+
+    The squared norm overflows first, and on a mesh it is one number a leaf.
+    """
+
+    def squared(leaf: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(row_dtype(leaf, window_dtype), jnp.float32)
+        return jnp.sum(jnp.square(leaf.astype(wide))).astype(gram_dtype)
+
+    leaves = [leaf for leaf in jax.tree.leaves(grads) if is_inexact(leaf)]
+    return jnp.isfinite(sum(map(squared, leaves), start=jnp.zeros((), gram_dtype)))
 
 
 def gradient_shapes(state: ScaleByMfacState) -> PyTree:

@@ -50,7 +50,7 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
       Information](https://arxiv.org/abs/2107.03356), 2021, Section 4.
     """
     node = find_mfac(state)
-    plain = _of_lists(node)
+    plain = _with_leaf_lists(node)
     leaves, treedef = jax.tree.flatten(vector)
     check_like("the vector", leaves, gradient_shapes(plain))
     wide_leaves = list(map(widen, leaves))
@@ -65,7 +65,7 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, products_with_inverse)
 
 
-def _of_lists(node: Any) -> ScaleByMfacState:
+def _with_leaf_lists(node: Any) -> ScaleByMfacState:
     """The state with lists of arrays for trees: masks leave holes, ``nnx.Optimizer`` variables."""
     scalars = {name: jax.tree.leaves(getattr(node, name))[0] for name in _SCALARS}
     feedback = None if node.feedback is None else jax.tree.leaves(node.feedback)

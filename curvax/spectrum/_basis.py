@@ -18,9 +18,15 @@ class Basis:
         self.capacity = capacity
         self._window = DenseWindow.empty(like, capacity, None)
 
-    def orthogonalized(self, vector: PyTree) -> tuple[np.ndarray, PyTree, float]:
-        """Coefficients in the basis, the rest of the vector, and the rest's length."""
-        coefficients, rest, length = _orthogonalized(self._window, vector)
+    def orthogonalized(
+        self, vector: PyTree, projector: np.ndarray | None = None
+    ) -> tuple[np.ndarray, PyTree, float]:
+        """Coefficients in the basis, the rest of the vector, and the rest's length.
+
+        With a ``projector``, of shape (capacity, capacity), the vector is made orthogonal to that
+        part of the basis only.
+        """
+        coefficients, rest, length = orthogonalized(self._window, vector, projector)
         return np.asarray(coefficients, np.float64), rest, float(length)
 
     def put(self, vector: PyTree, length: float, slot: int) -> None:
@@ -47,12 +53,16 @@ def normalized(vector: PyTree) -> tuple[PyTree, float]:
 
 
 @jax.jit
-def _orthogonalized(window: DenseWindow, vector: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
+def orthogonalized(
+    window: DenseWindow, vector: PyTree, projector: jax.Array | None = None
+) -> tuple[jax.Array, PyTree, jax.Array]:
     """Gram and Schmidt, twice: after the second pass no digit is left to gain."""
     dtype = jnp.result_type(*jax.tree.leaves(vector))
     total, rest = jnp.zeros((), dtype), vector
     for _ in range(2):
         coefficients = window.dots(rest, dtype)
+        if projector is not None:
+            coefficients = jnp.matmul(projector.astype(dtype), coefficients, precision=HIGHEST)
         spanned = window.combine(coefficients, rest)
         rest = jax.tree.map(lambda a, b: a - b.astype(a.dtype), rest, spanned)
         total = total + coefficients

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from curvax._checks import check_count, check_range
+from curvax._checks import as_key, check_count, check_range
 from curvax._progress import progress_bar
 from curvax.curvature._operator import Operator, in_groups
-from curvax.spectrum._lanczos import lanczos_together
+from curvax.spectrum._lanczos import Reorthogonalization, lanczos_together
 
 _RESAMPLES = 200
 
@@ -52,13 +52,13 @@ class SpectralDensity(NamedTuple):
 def spectral_density(
     operator: Operator,
     *,
-    key: jax.Array,
+    key: jax.Array | int,
     order: int = 64,
     num_probes: int = 8,
     probe_batch_size: int = 1,
     bandwidth: float | None = None,
     grid_size: int = 1024,
-    reorthogonalize: str = "full",
+    reorthogonalize: Reorthogonalization = "full",
     progress: bool = False,
 ) -> SpectralDensity:
     r"""The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
@@ -68,7 +68,7 @@ def spectral_density(
 
     Args:
       operator: a symmetric operator.
-      key: a PRNG key for the probes.
+      key: a PRNG key for the probes, or an integer seed.
       order: the number of Lanczos steps $k$ a probe; at most the operator's size.
       num_probes: the number of probes. The error falls with their square root, and with that of the
         operator's size.
@@ -110,7 +110,7 @@ def spectral_density(
         check_range("bandwidth", bandwidth, low=0.0, open_low=True)
     nodes, weights, num_matvecs = [], [], 0
     with progress_bar(num_probes, "probes", progress) as advance:
-        for keys in in_groups(jax.random.split(key, num_probes), probe_batch_size):
+        for keys in in_groups(jax.random.split(as_key(key), num_probes), probe_batch_size):
             starts = [operator.random_vector(probe_key) for probe_key in keys]
             for result in lanczos_together(
                 operator, starts, order, reorthogonalize=reorthogonalize
@@ -122,7 +122,8 @@ def spectral_density(
                 advance()
     low, high = min(map(np.min, nodes)), max(map(np.max, nodes))
     extent = high - low
-    width = bandwidth or max(extent, 1e-6 * max(abs(low), abs(high), 1e-30)) / (2 * order)
+    size = max(abs(low), abs(high)) or 1.0
+    width = bandwidth or max(extent, 1e-6 * size) / (2 * order)
     grid = np.linspace(low - 4 * width, high + 4 * width, grid_size)
     curves = _smooth(nodes, weights, grid, width)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,20 +1,21 @@
 """Extremal eigenpairs by Lanczos with thick restarts."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, check_like, check_range
+from curvax._checks import as_key, check_choice, check_count, check_like, check_range
 from curvax._trees import PyTree
 from curvax.curvature._operator import Operator
 from curvax.spectrum._basis import Basis, normalized
-from curvax.spectrum._lanczos import breakdown, finite_product
+from curvax.spectrum._lanczos import ScaledProducts, breakdown, three_terms
 
+End = Literal["largest", "smallest", "both", "magnitude"]
 _CHUNK = 5
 _ROUNDING_OF_PRODUCTS = 10.0
-ENDS = ("largest", "smallest", "both", "magnitude")
+_MISSED = 0.01  # the probability that a copy is missed
 
 
 class Eigenpairs(NamedTuple):
@@ -24,52 +25,57 @@ class Eigenpairs(NamedTuple):
       values: of shape (k,), float64 of NumPy; in descending order (``"smallest"``: ascending, and
         ``"magnitude"`` by absolute value).
       vectors: a tree with leaves of shape ``(k, *leaf.shape)``, each of length one.
-      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), not below what rounding leaves: an
-        eigenvalue lies at most that far from the value.
-      converged: of shape (k,), whether the residual is within the tolerance.
-      num_products: the number of products with the operator.
+      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), not below rounding: an eigenvalue
+        lies at most that far from the value.
+      converged: of shape (k,), whether the residual is within the tolerance and, with a probability
+        of 99 %, no eigenvalue that should come before it was missed, not even a further copy of a
+        multiple one.
+      num_matvecs: the number of matrix-vector products.
     """
 
     values: np.ndarray
     vectors: PyTree
     residuals: np.ndarray
     converged: np.ndarray
-    num_products: int
+    num_matvecs: int
 
 
 def top_eigenpairs(
     operator: Operator,
     k: int,
     *,
-    key: jax.Array,
-    which: str = "largest",
+    key: jax.Array | int,
+    which: End = "largest",
     tolerance: float = 1e-4,
-    max_products: int = 1000,
+    max_matvecs: int = 1000,
     basis_size: int | None = None,
     start: PyTree | None = None,
 ) -> Eigenpairs:
     r"""Eigenpairs at an end of an operator's spectrum, with bounds of their errors.
 
     Lanczos with full orthogonalization; when the basis is full, the best Ritz vectors are kept and
-    the rest is built anew (thick restart), so that memory is bounded by ``basis_size`` vectors. An
-    exhausted Krylov space is left by a new random direction: an operator of few distinct
-    eigenvalues has all their copies found, and those of a zero operator are zeros. Elsewhere, the
-    first copy of an exactly multiple eigenvalue is found at once, and a further one only when
-    rounding has brought it in, which a smaller ``tolerance`` gives time for.
+    the rest is built anew (thick restart), so that memory is bounded by ``basis_size`` vectors.
+
+    A Krylov space holds one copy of each distinct eigenvalue, whatever its multiplicity. So once
+    the residuals are small, the operator is deflated, $C = (I - V V^T) A (I - V V^T)$, and a
+    Lanczos run from a random vector $r$ looks for an eigenvalue of $C$ that is wanted too. With the
+    orthonormal polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values
+    has a component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$. The run ends when that is
+    improbably small, or with a Ritz value beyond the wanted ones; then the search goes on from $r$.
 
     Args:
-      operator: a symmetric operator.
+      operator: a symmetric operator, of any scale.
       k: the number of pairs; at most the operator's size.
-      key: a PRNG key for random directions.
+      key: a PRNG key for random directions, or an integer seed.
       which: ``"largest"`` values, ``"smallest"``, ``"both"`` ends (half of the pairs each, the
         larger half largest), or largest ``"magnitude"``.
       tolerance: of each residual, relative to the absolute value of its eigenvalue, but not below
-        what rounding leaves of the largest. An eigenvalue's error is at most its residual, and
-        close to the residual's square over the gap to the next.
-      max_products: where to stop if residuals stay larger; ``converged`` says which.
+        the rounding of the largest. An eigenvalue's error is at most its residual, and close to
+        the residual's square over the gap to the next.
+      max_matvecs: where to stop; ``converged`` says which pairs are sure by then.
       basis_size: vectors in the basis; by default ``2 k + 20``.
       start: a tree like the operator's vectors, or earlier ``vectors`` with a further first axis,
-        to start from: the pairs of a network after a few more steps take few products.
+        to start from: the pairs of a network after a few more steps take fewer products.
 
     Returns:
       The pairs.
@@ -89,46 +95,86 @@ def top_eigenpairs(
 
     References:
       Wu and Simon, [Thick-restart Lanczos method for large symmetric eigenvalue
-      problems](https://doi.org/10.1137/S0895479898334605), 2000.
+      problems](https://doi.org/10.1137/S0895479898334605), 2000. Van Dorsselaer, Hochstenbach and
+      van der Vorst, [Computing probabilistic bounds for extreme eigenvalues of symmetric matrices
+      with the Lanczos method](https://doi.org/10.1137/S0895479800370251), 2001.
     """
-    _check_options(operator, k, which, tolerance, max_products, basis_size)
+    _check_options(operator, k, which, tolerance, max_matvecs, basis_size)
     capacity = min(operator.size, basis_size or 2 * k + 20)
-    search = _Search(operator, capacity, key)
+    search = _Search(operator, capacity, max_matvecs, as_key(key))
     search.begin(start)
     while True:
         # A few products at a time: a good start needs no full basis.
-        more = min(max(k, _CHUNK), max_products - search.num_products)
-        search.extend(min(capacity, search.number + more))
+        search.extend(min(capacity, search.number + max(k, _CHUNK)), at_least=k)
         values, weights, residuals = search.ritz()
         chosen = _ends(values, k, which)
-        scale = float(np.abs(values).max())
-        limit = np.maximum(tolerance * np.abs(values[chosen]), breakdown(operator, scale))
-        converged = residuals[chosen] <= limit
-        settled = converged.all() and not search.hides(values, k, which)
-        if settled or search.is_complete() or search.num_products >= max_products:
+        floor = breakdown(operator, float(np.abs(values).max()))
+        limit = np.maximum(tolerance * np.abs(values[chosen]), floor)
+        small = residuals[chosen] <= limit
+        sure = np.full(k, search.is_complete)
+        missed = False
+        if small.all() and not search.is_complete:
+            # An eigenvalue of C is off by a residual's square over the gap, at most.
+            loose = max(limit.max(), 0.1 * tolerance**0.5 * np.abs(values[chosen]).min())
+            deflated = np.union1d(chosen, np.flatnonzero(residuals <= loose))
+            margin = np.maximum(limit, _ROUNDING_OF_PRODUCTS * floor)
+            bounds = _bounds(values[chosen], margin, which)
+            sure, missed = search.verify(weights[:, deflated], *bounds)
+        if (small & sure).all() or search.is_spent:
             vectors = search.combined(weights[:, chosen])
-            bounds = np.maximum(residuals[chosen], search.unseen(scale))
-            return Eigenpairs(values[chosen], vectors, bounds, converged, search.num_products)
-        if search.number < capacity:
-            continue
-        kept = _ends(values, min(capacity - 2, k + (capacity - k) // 2), which)
-        search.restart(values[kept], weights[:, kept])
+            residuals = np.maximum(residuals[chosen], max(search.rounding, floor))
+            scale = search.products.scale
+            return Eigenpairs(
+                scale * values[chosen],
+                vectors,
+                scale * residuals,
+                small & sure,
+                search.products.num_matvecs,
+            )
+        if not missed and not small.all():
+            search.choose_line(weights[:, chosen[~small]])
+        if search.number == capacity:
+            kept = _ends(values, min(capacity - 2, k + (capacity - k) // 2), which)
+            search.restart(values[kept], weights[:, kept])
+
+
+class _Line(NamedTuple):
+    r"""A direction $f$ outside of the basis with its coupling $c$: $A Q = Q H + \sum f c^T$."""
+
+    direction: PyTree
+    coupling: np.ndarray
 
 
 class _Search:
-    """A growing basis $Q$, and $Q^T A Q$ on the host."""
+    """A growing basis $Q$, and $H = Q^T A Q$ on the host.
 
-    def __init__(self, operator: Operator, capacity: int, key: jax.Array) -> None:
+    Attributes:
+      number: the vectors in the basis.
+      products: products with the scaled operator; all numbers here are in its units.
+      rounding: the longest remainder of a product that was dropped as rounding.
+    """
+
+    def __init__(self, operator: Operator, capacity: int, max_matvecs: int, key: jax.Array) -> None:
         self.number = 0
-        self.num_products = 0
+        self.products = ScaledProducts(operator)
+        self.rounding = 0.0
         self._operator = operator
+        self._max_matvecs = max_matvecs
         self._key = key
+        self._capacity = capacity
         self._basis = Basis(operator.like, capacity)
         self._matrix = np.zeros((capacity, capacity))
-        self._residual = np.inf  # the length of what is left after the last product
-        self._next: PyTree = None
-        self._dropped = 0.0  # the longest remainder that was taken for rounding
-        self._is_fresh = False  # whether the next direction is a new random one
+        self._lines: list[_Line] = []  # the last is next
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.number == self._operator.size
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no further product may be made."""
+        return self.products.num_matvecs >= self._max_matvecs
 
     def begin(self, start: PyTree | None) -> None:
         """Takes the first direction."""
@@ -138,73 +184,127 @@ class _Search:
         direction, length = normalized(self._random() if start is None else start)
         if not (length > 0 and np.isfinite(length)):
             raise ValueError(f"start must have a finite positive length, got {length}.")
-        self._next = direction
+        self._lines.append(_Line(direction, np.zeros(self._capacity)))
 
-    def extend(self, capacity: int) -> None:
-        """Adds a product for each new basis vector, up to ``capacity`` vectors."""
-        while self.number < capacity:
+    def extend(self, number: int, *, at_least: int) -> None:
+        """Adds basis vectors and their products, up to ``number`` vectors.
+
+        Ends earlier on breakdown, but not with fewer vectors than ``at_least``.
+        """
+        while self.number < number and not self.is_spent:
+            if not self._lines:
+                if self.number >= at_least:
+                    return
+                self.add_direction(self._random())
             slot = self.number
-            self._basis.put(self._next, 1.0, slot)
-            image = finite_product(self._operator, self._next)
-            self.num_products += 1
+            direction = self._lines.pop().direction
+            self._basis.put(direction, 1.0, slot)
+            (image,) = self.products.take([direction])
             self.number += 1
             coefficients, rest, length = self._basis.orthogonalized(image)
             self._matrix[: slot + 1, slot] = coefficients[: slot + 1]
             self._matrix[slot, : slot + 1] = coefficients[: slot + 1]
-            scale = float(np.abs(self._matrix).max())
-            # What a product's own rounding leaves, too, of a space that is exhausted.
-            if length > _ROUNDING_OF_PRODUCTS * breakdown(self._operator, scale):
-                self._residual, self._is_fresh = length, False
-                self._next = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
-            elif self.is_complete():
-                self._residual = 0.0
+            if self.is_complete:
+                self._lines = []
+            elif self._is_rounding(length):
+                self.rounding = max(self.rounding, length)
             else:
-                # An invariant subspace: what lies outside is not known, unless a random direction
-                # there is an eigenvector at once, which makes all of the outside one eigenspace.
-                self._dropped = max(self._dropped, length)
-                self._residual = 0.0 if self._is_fresh else np.inf
-                self._next, self._is_fresh = self._new_direction(), True
+                coupling = np.zeros(self._capacity)
+                coupling[slot] = length
+                self._lines.append(_Line(_scaled(rest, length), coupling))
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values, vectors in the basis, and residuals."""
+        """Ritz values, vectors in the basis, and bounds of residuals."""
         used = slice(0, self.number)
         values, weights = np.linalg.eigh(self._matrix[used, used])
-        last = np.abs(weights[-1])
-        return values, weights, np.where(last == 0, 0.0, self._residual * np.maximum(last, 1e-300))
+        parts = [np.abs(line.coupling[used] @ weights) for line in self._lines]
+        return values, weights, np.sum(parts, axis=0) if parts else np.zeros(self.number)
 
-    def hides(self, values: np.ndarray, k: int, which: str) -> bool:
-        """Whether the eigenspace outside of the basis has a value that is wanted too."""
-        if self._residual > 0 or not self._is_fresh or self.is_complete():
-            return False
-        outside = self._matrix[self.number - 1, self.number - 1]
-        return len(values) in _ends(np.append(values, outside), k, which)
+    def choose_line(self, weights: np.ndarray) -> None:
+        """Goes on where the residuals of these Ritz vectors are largest."""
+        sizes = [np.abs(line.coupling[: self.number] @ weights).max() for line in self._lines]
+        best = int(np.argmax(sizes))
+        if best < len(sizes) - 1:
+            line = self._lines.pop(best)
+            self.add_direction(line.direction, line.coupling)
 
-    def unseen(self, scale: float) -> float:
-        """What residuals may be larger by than they seem."""
-        return max(self._dropped, breakdown(self._operator, scale))
+    def add_direction(self, vector: PyTree, coupling: np.ndarray | None = None) -> None:
+        """What is outside of the basis of a vector of length one is the next direction."""
+        _, rest, length = self._basis.orthogonalized(vector)
+        coupling = np.zeros(self._capacity) if coupling is None else length * coupling
+        self._lines.append(_Line(_scaled(rest, length), coupling))
 
-    def is_complete(self) -> bool:
-        """Whether the basis spans the whole space."""
-        return self.number == self._operator.size
+    def verify(
+        self, deflated: np.ndarray, lows: np.ndarray, highs: np.ndarray
+    ) -> tuple[np.ndarray, bool]:
+        """Whether eigenvalues outside of the deflated Ritz vectors stay within bounds.
+
+        Lanczos without stored vectors, until an eigenvector beyond the bounds would have to be
+        improbably close to orthogonal to the start, or a Ritz value lies beyond them.
+
+        Returns:
+          For each pair of bounds, whether it is sure; and whether a Ritz value lies beyond one. The
+          search goes on from the start then.
+        """
+        projector = np.zeros((self._capacity, self._capacity))
+        projector[: self.number, : self.number] = deflated @ deflated.T
+        points, signs = np.stack([highs, lows]), np.array([[1.0], [-1.0]])
+        sure = np.isinf(points)
+        points = np.where(sure, 0, points)
+        needed = (self._operator.size - deflated.shape[1]) / _MISSED**2
+        _, start, length = self._basis.orthogonalized(self._random(), projector)
+        start = current = previous = _scaled(start, length)
+        polynomial, last, total, beta = (
+            np.ones(points.shape),
+            np.zeros(points.shape),
+            np.ones(points.shape),
+            0.0,
+        )
+        while not self.is_spent:
+            (image,) = self.products.take([current])
+            alpha, rest, _ = three_terms(image, current, previous, beta)
+            _, rest, length = self._basis.orthogonalized(rest, projector)
+            above = signs * (points - float(alpha)) * polynomial - beta * last
+            if (above[~sure] <= 0).any():  # a sign that changes: Sturm's sequence
+                self.add_direction(start)
+                return sure.all(axis=0), True
+            if self._is_rounding(length):
+                return np.ones(len(highs), bool), False
+            beta, last, polynomial = length, polynomial, np.where(sure, 0, above / length)
+            total = total + polynomial**2
+            sure |= total >= needed
+            if sure.all():
+                break
+            previous, current = current, _scaled(rest, length)
+        return sure.all(axis=0), False
 
     def combined(self, weights: np.ndarray) -> PyTree:
         return self._basis.combined(weights, self._operator.like)
 
     def restart(self, values: np.ndarray, weights: np.ndarray) -> None:
-        """Keeps Ritz vectors; the next product finds their couplings with the next vector."""
+        """Keeps Ritz vectors; the next products find their couplings with the next vectors."""
         self._basis.replace(self.combined(weights))
+        margin = (0, self._capacity - len(values))
+        self._lines = [
+            line._replace(coupling=np.pad(line.coupling[: self.number] @ weights, margin))
+            for line in self._lines
+        ]
         self.number = len(values)
         self._matrix[:] = 0
         self._matrix[: self.number, : self.number] = np.diag(values)
+
+    def _is_rounding(self, length: float) -> bool:
+        """Whether the rest of a product is no more than its own rounding."""
+        scale = max(float(np.abs(self._matrix).max()), 1e-300)
+        return length <= _ROUNDING_OF_PRODUCTS * breakdown(self._operator, scale)
 
     def _random(self) -> PyTree:
         self._key, key = jax.random.split(self._key)
         return self._operator.random_vector(key)
 
-    def _new_direction(self) -> PyTree:
-        """A random direction orthogonal to all so far."""
-        _, rest, length = self._basis.orthogonalized(self._random())
-        return jax.tree.map(lambda leaf: leaf / length, rest)
+
+def _scaled(vector: PyTree, length: float) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf / length, vector)
 
 
 def _start_like(start: PyTree, like: PyTree) -> PyTree:
@@ -216,7 +316,18 @@ def _start_like(start: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, one: jnp.asarray(leaf, one.dtype), start, like)
 
 
-def _ends(values: np.ndarray, k: int, which: str) -> np.ndarray:
+def _bounds(values: np.ndarray, margin: np.ndarray, which: End) -> tuple[np.ndarray, np.ndarray]:
+    """Outside of which an eigenvalue would come before each of the wanted ones."""
+    lows, highs = np.full(len(values), -np.inf), np.full(len(values), np.inf)
+    if which == "magnitude":
+        return -np.abs(values) - margin, np.abs(values) + margin
+    number = {"largest": len(values), "smallest": 0, "both": len(values) - len(values) // 2}[which]
+    highs[:number] = (values + margin)[:number]
+    lows[number:] = (values - margin)[number:]
+    return lows, highs
+
+
+def _ends(values: np.ndarray, k: int, which: End) -> np.ndarray:
     """Which of the values are wanted, in order."""
     k = min(k, len(values))
     descending = np.argsort(-values, kind="stable")
@@ -233,17 +344,17 @@ def _ends(values: np.ndarray, k: int, which: str) -> np.ndarray:
 def _check_options(
     operator: Operator,
     k: int,
-    which: str,
+    which: End,
     tolerance: float,
-    max_products: int,
+    max_matvecs: int,
     basis_size: int | None,
 ) -> None:
     check_count("k", k)
-    check_choice("which", which, ENDS)
+    check_choice("which", which, get_args(End))
     check_range("tolerance", tolerance, low=0.0)
-    check_count("max_products", max_products)
-    if max_products < k:
-        raise ValueError(f"k={k} pairs take at least as many products, got {max_products=}.")
+    check_count("max_matvecs", max_matvecs)
+    if max_matvecs < k:
+        raise ValueError(f"k={k} pairs take at least as many products, got {max_matvecs=}.")
     if k > operator.size:
         raise ValueError(f"k={k} pairs are more than the {operator.size} rows of the operator.")
     if basis_size is not None:

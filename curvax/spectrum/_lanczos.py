@@ -8,8 +8,9 @@ makes these passes only where it has reached the square root of the rounding uni
 exact to full precision (Simon, 1984).
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from curvax._trees import PyTree, tree_dot, tree_norm
 from curvax.curvature._operator import Operator
 from curvax.spectrum._basis import Basis, normalized
 
-REORTHOGONALIZE = ("full", "selective", "none")
+Reorthogonalization = Literal["full", "selective", "none"]
 
 
 class Lanczos(NamedTuple):
@@ -47,7 +48,7 @@ class Lanczos(NamedTuple):
 
 
 def lanczos(
-    operator: Operator, start: PyTree, order: int, *, reorthogonalize: str = "full"
+    operator: Operator, start: PyTree, order: int, *, reorthogonalize: Reorthogonalization = "full"
 ) -> Lanczos:
     r"""Lanczos tridiagonalization of an operator.
 
@@ -87,17 +88,22 @@ def lanczos(
 
 
 def lanczos_together(
-    operator: Operator, starts: Sequence[PyTree], order: int, *, reorthogonalize: str = "full"
+    operator: Operator,
+    starts: Sequence[PyTree],
+    order: int,
+    *,
+    reorthogonalize: Reorthogonalization = "full",
 ) -> list[Lanczos]:
     """Tridiagonalizations from several start vectors, whose products are taken together."""
     check_count("order", order)
-    check_choice("reorthogonalize", reorthogonalize, REORTHOGONALIZE)
+    check_choice("reorthogonalize", reorthogonalize, get_args(Reorthogonalization))
+    products = ScaledProducts(operator)
     recurrences = [_Recurrence(operator, start, order, reorthogonalize) for start in starts]
     while running := [recurrence for recurrence in recurrences if not recurrence.finished]:
-        images = finite_products(operator, [recurrence.current for recurrence in running])
+        images = products.take([recurrence.current for recurrence in running])
         for recurrence, image in zip(running, images, strict=True):
             recurrence.advance(image)
-    return [recurrence.result() for recurrence in recurrences]
+    return [recurrence.result(products.scale) for recurrence in recurrences]
 
 
 class _Recurrence:
@@ -124,7 +130,7 @@ class _Recurrence:
 
     def advance(self, image: PyTree) -> None:
         beta = self._betas[-1] if self._betas else 0.0
-        alpha, rest, beta_next = _three_terms(image, self.current, self._previous, beta)
+        alpha, rest, beta_next = three_terms(image, self.current, self._previous, beta)
         self._alphas.append(float(alpha))
         pairs = zip(self._alphas, [*self._betas, 0.0], strict=True)
         scale = max(abs(a) + abs(b) for a, b in pairs)
@@ -147,8 +153,9 @@ class _Recurrence:
             return self._loss.is_large(self._alphas, self._betas, beta)
         return self._reorthogonalize == "full"
 
-    def result(self) -> Lanczos:
-        alphas, betas = np.array(self._alphas), np.array(self._betas)
+    def result(self, scale: float) -> Lanczos:
+        """The matrix of the operator itself, ``scale`` times the one of the scaled products."""
+        alphas, betas = scale * np.array(self._alphas), scale * np.array(self._betas)
         return Lanczos(alphas, betas[:-1], float(betas[-1]), len(alphas))
 
 
@@ -187,7 +194,7 @@ class _OrthogonalityLoss:
 
 
 @jax.jit
-def _three_terms(
+def three_terms(
     image: PyTree, current: PyTree, previous: PyTree, beta: Any
 ) -> tuple[jax.Array, PyTree, jax.Array]:
     alpha = tree_dot(current, image)
@@ -198,20 +205,42 @@ def _three_terms(
     return alpha + again, rest, tree_norm(rest)
 
 
-def finite_product(operator: Operator, vector: PyTree) -> PyTree:
-    """The product, or an error where it is not finite."""
-    return finite_products(operator, [vector])[0]
+class ScaledProducts:
+    """Products with an operator over a power of two that is close to its norm.
+
+    What follows is free of overflow and underflow, whatever the scale of the operator.
+
+    Attributes:
+      scale: the power of two, known from the first product that is not zero.
+      num_matvecs: the products made so far.
+    """
+
+    def __init__(self, operator: Operator) -> None:
+        self.scale = 1.0
+        self.num_matvecs = 0
+        self._operator = operator
+        self._is_known = False
+
+    def take(self, vectors: Sequence[PyTree]) -> list[PyTree]:
+        """The scaled products of several vectors, or an error where one is not finite."""
+        images = self._operator.products(vectors)
+        self.num_matvecs += len(vectors)
+        lengths = [float(tree_norm(image)) for image in images]
+        if not np.all(np.isfinite(lengths)):
+            raise ValueError(
+                "a product with the operator is not finite: check the loss and the parameters, and "
+                "whether the precision is wide enough."
+            )
+        if not self._is_known and max(lengths) > 0:
+            self._is_known = True
+            largest = jnp.finfo(jnp.result_type(*jax.tree.leaves(self._operator.like))).maxexp - 2
+            self.scale = 2.0 ** max(-largest, min(largest, round(math.log2(max(lengths)))))
+        return [_divided(image, self.scale) for image in images]
 
 
-def finite_products(operator: Operator, vectors: Sequence[PyTree]) -> list[PyTree]:
-    """The products of several vectors, or an error where one is not finite."""
-    images = operator.products(vectors)
-    if not all(np.isfinite(float(tree_norm(image))) for image in images):
-        raise ValueError(
-            "a product with the operator is not finite: check the loss and the parameters, and "
-            "whether the precision is wide enough."
-        )
-    return images
+@jax.jit
+def _divided(vector: PyTree, number: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf / number.astype(leaf.dtype), vector)
 
 
 def breakdown(operator: Operator, scale: float) -> float:

@@ -179,14 +179,15 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
     )
     values, vectors = np.linalg.eigh(gram)
     root, damping_root = np.sqrt(damping + np.maximum(values, 0) / normalizer), np.sqrt(damping)
-    factors = 1 / (normalizer * root * damping_root * (root + damping_root))
+    # The division by the root of the damping comes last: here it could overflow.
+    factors = 1 / (normalizer * root * (root + damping_root))
     middle = jnp.asarray(vectors * factors @ vectors.T, jax.tree.leaves(node.gram)[0].dtype)
 
     def apply(vector: PyTree) -> PyTree:
         weights = middle @ node.window.dots(vector, middle.dtype)
         spanned = node.window.combine(weights, vector)
         weak = float(damping_root)  # vectors keep their dtype
-        return jax.tree.map(lambda v, s: v / weak - s.astype(v.dtype), vector, spanned)
+        return jax.tree.map(lambda v, s: (v - s.astype(v.dtype)) / weak, vector, spanned)
 
     return apply
 

@@ -12,6 +12,7 @@ from curvax._trees import PyTree, has_holes, is_placeholder, tree_dot, tree_norm
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.curvature._modes import MODES, Mode
 from curvax.fisher import DenseWindow
+from curvax.spectrum._basis import orthogonalized
 
 
 class TrackSharpnessState(NamedTuple):
@@ -206,27 +207,32 @@ def _ritz(
     dtype = jnp.result_type(*jax.tree.leaves(start))
     basis = DenseWindow.empty(start, number, None)
     matrix = jnp.zeros((number, number), dtype)
-    vector, length = start, jnp.ones((), dtype)
+    vector, length, unit = start, jnp.ones((), dtype), None
     # Unrolled: a loop would slow the gradients of convolutions on a CPU.
     for step in range(number):
         basis = basis.push(vector, jnp.int32(step))
-        rest = product(vector)
-        column = jnp.zeros(number, dtype)
-        for _ in range(2):
-            coefficients = basis.dots(rest, dtype)
-            spanned = basis.combine(coefficients, rest)
-            rest = jax.tree.map(lambda a, b: a - b.astype(a.dtype), rest, spanned)
-            column = column + coefficients
+        image = product(vector)
+        if unit is None:
+            unit = _power_of_two(tree_norm(image))
+        column, rest, rest_length = orthogonalized(
+            basis, jax.tree.map(lambda leaf, u=unit: leaf / u.astype(leaf.dtype), image)
+        )
         matrix = matrix.at[:, step].set(column).at[step, :].set(column)
         # An exhausted space: further vectors are zeros, whose value must not be the largest.
-        scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(dtype).tiny)
+        scale = jnp.abs(matrix).max()
         below = matrix[0, 0] - scale - 1
         matrix = matrix.at[step, step].set(jnp.where(length > 0, matrix[step, step], below))
-        length = tree_norm(rest)
-        length = jnp.where(length > 100 * jnp.finfo(dtype).eps * scale, length, 0)
+        length = jnp.where(rest_length > 100 * jnp.finfo(dtype).eps * scale, rest_length, 0)
         vector = jax.tree.map(
             lambda r, b=length: jnp.where(b > 0, r / jnp.where(b > 0, b, 1), 0).astype(r.dtype),
             rest,
         )
     values, vectors = jnp.linalg.eigh(matrix)
-    return values[-1], _unit(basis.combine(vectors[:, -1], start))
+    return unit * values[-1], _unit(basis.combine(vectors[:, -1], start))
+
+
+def _power_of_two(length: jax.Array) -> jax.Array:
+    """A power of two close to a length; 1 of zero."""
+    limit = jnp.finfo(length.dtype).maxexp - 2
+    exponent = jnp.clip(jnp.frexp(length)[1], -limit, limit)
+    return jnp.where(length > 0, jnp.ldexp(jnp.ones_like(length), exponent), 1)

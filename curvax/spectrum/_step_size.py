@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_count, check_range
+from curvax._checks import as_key, check_count, check_range
 from curvax._progress import progress_bar
 from curvax._trees import PyTree
 from curvax.curvature._batches import num_examples, parts
@@ -91,7 +91,7 @@ def batch_size_study(
     examples: tuple[Any, ...],
     batch_sizes: Sequence[int],
     *,
-    key: jax.Array,
+    key: jax.Array | int,
     num_draws: int = 4,
     micro_batch_size: int | None = None,
     tolerance: float = 1e-3,
@@ -110,7 +110,7 @@ def batch_size_study(
       params: the parameters.
       examples: the arguments, arrays with all examples along the first axis.
       batch_sizes: the sizes to try, at most the number of examples.
-      key: a PRNG key for batches and start vectors.
+      key: a PRNG key for batches and start vectors, or an integer seed.
       num_draws: random batches of each size.
       micro_batch_size: the number of examples that the full Hessian takes at a time; all by
         default.
@@ -160,6 +160,7 @@ def batch_size_study(
         return float(pairs.values[0]), float(pairs.values[-1])
 
     pieces = [part for part, _ in parts(examples, micro_batch_size or number)]
+    key = as_key(key)
     full = ends(pieces, key)
     found = np.empty((2, len(batch_sizes), num_draws))
     with progress_bar(len(batch_sizes) * num_draws, "batches", progress) as advance:

@@ -1,25 +1,27 @@
 r"""The trace of an operator, by probes alone or with its dominant part taken out first."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count
+from curvax._checks import as_key, check_choice, check_count
 from curvax._trees import PyTree, tree_dot
 from curvax.curvature._hutchinson import TraceEstimate
 from curvax.curvature._operator import Operator, in_groups
 from curvax.spectrum._basis import Basis
-from curvax.spectrum._lanczos import breakdown, finite_product, finite_products
+from curvax.spectrum._lanczos import ScaledProducts, breakdown
+
+Method = Literal["hutchinson", "hutch++"]
 
 
 def trace(
     operator: Operator,
     *,
-    key: jax.Array,
+    key: jax.Array | int,
     num_probes: int = 32,
-    method: Literal["hutchinson", "hutch++"] = "hutchinson",
+    method: Method = "hutchinson",
     probe_batch_size: int = 1,
 ) -> TraceEstimate:
     r"""The trace of an operator, with a standard error.
@@ -31,7 +33,7 @@ def trace(
 
     Args:
       operator: a symmetric operator.
-      key: a PRNG key for the probes.
+      key: a PRNG key for the probes, or an integer seed.
       num_probes: the number of probes; ``"hutch++"`` makes three products for each.
       method: ``"hutchinson"`` or ``"hutch++"``.
       probe_batch_size: the number of probes whose products are taken together, in one pass over
@@ -61,10 +63,12 @@ def trace(
     """
     check_count("num_probes", num_probes)
     check_count("probe_batch_size", probe_batch_size)
-    check_choice("method", method, ("hutchinson", "hutch++"))
+    check_choice("method", method, get_args(Method))
+    key, products = as_key(key), ScaledProducts(operator)
     if method == "hutch++":
-        return _hutch_plus_plus(operator, key, min(num_probes, operator.size), probe_batch_size)
-    per_leaf = _samples(operator, key, num_probes, probe_batch_size)
+        number = min(num_probes, operator.size)
+        return _hutch_plus_plus(operator, products, key, number, probe_batch_size)
+    per_leaf = _samples(operator, products, key, num_probes, probe_batch_size)
     totals = sum(jax.tree.leaves(per_leaf), start=np.zeros(num_probes))
     means = jax.tree.map(lambda samples: float(samples.mean()), per_leaf)
     errors = jax.tree.map(_standard_error, per_leaf)
@@ -73,17 +77,22 @@ def trace(
 
 
 def _samples(
-    operator: Operator, key: jax.Array, number: int, together: int, basis: Basis | None = None
+    operator: Operator,
+    products: ScaledProducts,
+    key: jax.Array,
+    number: int,
+    together: int,
+    basis: Basis | None = None,
 ) -> PyTree:
     """$z^T A z$ for random signs $z$, without their part in the basis, leaf by leaf."""
-    samples = []
+    samples: list[PyTree] = []
     for keys in in_groups(jax.random.split(key, number), together):
         probes = [operator.random_vector(part, "rademacher") for part in keys]
         if basis is not None:
             probes = [basis.orthogonalized(probe)[1] for probe in probes]
-        images = finite_products(operator, probes)
+        images = products.take(probes)
         samples += [_leaf_dots(*pair) for pair in zip(probes, images, strict=True)]
-    return jax.tree.map(lambda *values: np.array(values, np.float64), *samples)
+    return jax.tree.map(lambda *values: products.scale * np.array(values, np.float64), *samples)
 
 
 @jax.jit
@@ -92,30 +101,28 @@ def _leaf_dots(first: PyTree, second: PyTree) -> PyTree:
 
 
 def _hutch_plus_plus(
-    operator: Operator, key: jax.Array, number: int, together: int
+    operator: Operator, products: ScaledProducts, key: jax.Array, number: int, together: int
 ) -> TraceEstimate:
     basis = Basis(operator.like, number)
-    dominant, size, num_matvecs = 0.0, 0, 0
+    dominant, size, scale = 0.0, 0, 0.0
     key_range, key_rest = jax.random.split(key)
-    scale = 0.0
     for part in jax.random.split(key_range, number):
-        image = finite_product(operator, operator.random_vector(part))
-        num_matvecs += 1
+        (image,) = products.take([operator.random_vector(part)])
         _, rest, length = basis.orthogonalized(image)
         scale = max(scale, length)
         if length <= breakdown(operator, scale):
             continue
         basis.put(rest, length, size)
         direction = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
-        dominant += float(tree_dot(direction, finite_product(operator, direction)))
-        num_matvecs += 1
+        dominant += float(tree_dot(direction, products.take([direction])[0]))
         size += 1
     if size == operator.size:
-        return TraceEstimate(dominant, 0.0, None, None, np.zeros(0), num_matvecs)
-    per_leaf = _samples(operator, key_rest, number, together, basis)
+        left = np.zeros(0)
+        return TraceEstimate(products.scale * dominant, 0.0, None, None, left, products.num_matvecs)
+    per_leaf = _samples(operator, products, key_rest, number, together, basis)
     left = sum(jax.tree.leaves(per_leaf), start=np.zeros(number))
-    value = dominant + float(left.mean())
-    return TraceEstimate(value, _standard_error(left), None, None, left, num_matvecs + number)
+    value = products.scale * dominant + float(left.mean())
+    return TraceEstimate(value, _standard_error(left), None, None, left, products.num_matvecs)
 
 
 def _standard_error(samples: np.ndarray) -> float:

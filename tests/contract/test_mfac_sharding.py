@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import chex
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -15,7 +16,9 @@ from .meshes import AXIS_TYPES, make_mesh, network, sharded
 NUM_GRADS = 16
 every_mesh = pytest.mark.parametrize("kind", AXIS_TYPES)
 every_window = pytest.mark.parametrize(
-    "options", [{}, {"window_dtype": "bfloat16"}, {"density": 0.1}], ids=["dense", "low", "sparse"]
+    "options",
+    [{}, {"window_dtype": "bfloat16", "max_update_norm": 1.0}, {"density": 0.1}],
+    ids=["dense", "low", "sparse"],
 )
 # Of its sides and its corner, leaves are split over one axis of the mesh, the other, both, none.
 SPECS = {
@@ -84,3 +87,27 @@ def test_a_jitted_init_builds_the_window_in_shards():
         built = compiled.memory_analysis().output_size_in_bytes
         promised = curvax.state_bytes(tx, params)
         assert promised <= built < promised + 400  # with a table of the outputs
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window_dtype": "bfloat16"}, {"density": 0.5, "max_update_norm": 0.1}], ids=str
+)
+def test_in_shard_map_each_device_has_an_optimizer_of_its_own(options):
+    mesh = make_mesh("automatic", (2,), ("models",))
+    tx = curvax.scale_by_mfac(num_grads=4, damping=0.1, **options)
+
+    def third_update(grads):
+        state = tx.init(grads[0])
+        for grad in grads:
+            updates, state = tx.update(grad, state)
+        return updates
+
+    grads = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    mapped = jax.shard_map(
+        lambda one: third_update(one[0])[None],
+        mesh=mesh,
+        in_specs=P("models"),
+        out_specs=P("models"),
+    )
+    expected = jax.numpy.stack([third_update(one) for one in grads])
+    chex.assert_trees_all_close(jax.jit(mapped)(grads), expected, rtol=1e-5)

@@ -39,6 +39,7 @@ OWNERS = {
     ("key", "num_probes"): lambda loss: curvax.hessian_diag(loss, X, key=KEY),
     ("mode", "targets"): lambda loss: curvax.ggn_vp(loss, "squared_error", X, X, X),
     ("empirical",): lambda loss: curvax.fisher_vp(loss, "squared_error", X, X, X),
+    ("state", "refresh"): lambda loss: curvax.value_grad_and_hessian_diag_from_state(loss),
     ("key", "targets"): lambda loss: curvax.value_grad_and_ggn_diag(loss, "squared_error"),
 }
 CASES = [(name, owner) for names, owner in OWNERS.items() for name in names]

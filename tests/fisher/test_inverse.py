@@ -65,3 +65,39 @@ def test_a_vector_orthogonal_to_the_window_gives_zeros():
     solution = solve_damped_gram(jnp.eye(3), 1.0, jnp.zeros(3))
     assert not solution.failed
     np.testing.assert_array_equal(solution.x, np.zeros(3))
+
+
+def update_and_exact(noise, damping, seed, size=64):
+    """The newest gradient times the inverse, from a float32 Gram matrix and exactly."""
+    generator = np.random.default_rng(seed)
+    mean = generator.standard_normal(1000) / np.sqrt(1000)
+    rows = mean + noise * generator.standard_normal((size, 1000)) / np.sqrt(1000)
+    gram, shift = gram_of(rows), size * damping
+    solution = solve_damped_gram(jnp.asarray(gram, jnp.float32), shift, unit(size, size - 1))
+    exact = np.linalg.solve(gram + shift * np.eye(size), np.eye(size)[-1])
+    return rows.T @ np.asarray(solution.x, np.float64), rows.T @ exact, solution.failed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_that_differ_by_a_few_roundings_are_not_damped_more(seed):
+    # With a residual as large as the right-hand side, and yet an update right to some percent.
+    update, exact, failed = update_and_exact(noise=1e-3, damping=1e-7, seed=seed)
+    assert not failed
+    assert np.linalg.norm(update - exact) < 0.15 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_matrix_that_is_singular_to_rounding_is_damped_as_little_as_works(seed):
+    # A damping that is safe for any matrix of this size, 16 m eps, leaves 1 % of the length.
+    update, exact, _ = update_and_exact(noise=1e-3, damping=1e-8, seed=seed)
+    assert 0.1 < np.linalg.norm(update) / np.linalg.norm(exact) < 1.5
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_the_scale_of_the_gradients_makes_no_difference(scale):
+    rows = np.random.default_rng(0).standard_normal((6, 20))
+    gram, rhs = jnp.asarray(gram_of(rows), jnp.float32), jnp.arange(6.0)
+    one = solve_damped_gram(gram, 0.1, rhs)
+    other = solve_damped_gram(gram * scale**2, 0.1 * scale**2, rhs * scale)
+    assert not other.failed
+    np.testing.assert_allclose(other.x * scale, one.x, rtol=1e-4)

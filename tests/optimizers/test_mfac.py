@@ -210,3 +210,43 @@ def test_a_run_that_converges_exactly_stays_finite_in_float32():
     assert losses[-1] < losses[0]
     assert 0 < state[0].failures < 2000
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+@pytest.mark.parametrize("damping", [1e-3, 1e-7])
+@pytest.mark.parametrize("options", [{}, {"density": 0.5}, {"momentum": 0.5}], ids=str)
+def test_no_update_is_longer_than_its_bound_where_rows_cancel(noise, damping, options):
+    generator = np.random.default_rng(0)
+    grads = generator.standard_normal(20) + noise * generator.standard_normal((40, 20))
+    tx = curvax.scale_by_mfac(16, damping, max_update_norm=0.5, **options)
+    history, _ = run(tx, grads.astype(np.float32))
+    lengths = np.linalg.norm(np.asarray(history, np.float64), axis=1)
+    assert lengths.max() <= 0.5 * (1 + 1e-6)
+    assert lengths.max() > 0.2
+
+
+def test_in_bfloat16_the_bound_holds_up_to_its_rounding():
+    grads = jnp.asarray(stream(0, 8, 300), jnp.bfloat16)
+    history, _ = run(curvax.scale_by_mfac(4, 1e-5, max_update_norm=0.5), grads)
+    assert np.linalg.norm(np.asarray(history, np.float64), axis=1).max() <= 0.5 * (1 + 2**-8)
+
+
+@pytest.mark.parametrize("bound", [None, 1e-3])
+@pytest.mark.parametrize("options", [{}, {"window_dtype": "bfloat16"}, {"density": 1.0}], ids=str)
+def test_a_gradient_whose_squares_vanish_is_divided_by_the_damping(options, bound):
+    tx = curvax.scale_by_mfac(4, 1e-3, max_update_norm=bound, **options)
+    gradient = jnp.full(3, 1e-24)
+    history, _ = run(tx, [gradient] * 6)
+    np.testing.assert_allclose(history[-1] / (gradient / 1e-3), 1, rtol=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e10, 1e15])
+def test_gradients_and_damping_of_any_scale(scale):
+    # F scales with the square of the gradients, so that an update scales with their inverse.
+    grads = stream(0, 8).astype(np.float32)
+    plain, _ = run(curvax.scale_by_mfac(NUM_GRADS, DAMPING), grads)
+    scaled, state = run(
+        curvax.scale_by_mfac(NUM_GRADS, DAMPING * scale**2), grads * np.float32(scale)
+    )
+    np.testing.assert_allclose(np.asarray(scaled[-1]) * scale, plain[-1], rtol=1e-3)
+    assert state.failures == 0

@@ -113,8 +113,8 @@ def test_equal_gradients_fill_a_window_of_rank_one():
 def test_integer_leaves_take_no_part_and_get_zeros():
     params = {"w": jnp.ones(3), "steps": jnp.arange(2)}
     grads = {"w": jnp.ones(3), "steps": jnp.zeros(2, jnp.int32)}
-    for density in (None, 0.5):
-        tx = curvax.scale_by_mfac(num_grads=2, density=density, momentum=0.5)
+    for options in ({}, {"density": 0.5}, {"window_dtype": "bfloat16"}):
+        tx = curvax.scale_by_mfac(num_grads=2, momentum=0.5, **options)
         updates, _ = tx.update(grads, tx.init(params), params)
         assert updates["steps"].dtype == params["steps"].dtype
         assert not updates["steps"].any()
@@ -129,3 +129,25 @@ def test_leaves_of_mixed_dtypes_are_one_vector():
     assert state.gram.dtype == jnp.float32
     assert updates["low"].dtype == jnp.bfloat16
     np.testing.assert_allclose(updates["own"], np.array([4.0, 5.0]) / (0.5 + 55 / 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("params_dtype", "window_dtype", "entry"),
+    [("float64", "float32", 1e39), ("float64", "bfloat16", 1e20), ("float32", "float64", 1e20)],
+)
+@pytest.mark.parametrize("density", [None, 1.0])
+def test_a_gradient_outside_the_range_of_rows_or_gram_is_refused(
+    params_dtype, window_dtype, entry, density
+):
+    with jax.enable_x64(True):
+        params = jnp.ones(3, params_dtype)
+        tx = curvax.scale_by_mfac(
+            num_grads=3, damping=0.1, window_dtype=window_dtype, density=density
+        )
+        state = tx.init(params)
+        updates, refused = tx.update(params * entry, state)
+        assert bool(jnp.all(jnp.isnan(updates)))
+        chex.assert_trees_all_equal(refused, state)
+        updates, taken = tx.update(params, refused)
+        assert taken.count == 1
+        assert bool(jnp.all(jnp.isfinite(updates)))

@@ -32,6 +32,17 @@ def diagonal(entries):
     return spectrum.Operator(lambda v: entries * v, jnp.zeros(len(entries)))
 
 
+def exact_end(entries, k, which):
+    descending = np.sort(entries)[::-1]
+    ends = {
+        "largest": descending[:k],
+        "smallest": descending[::-1][:k],
+        "both": np.r_[descending[: k - k // 2], descending[len(entries) - k // 2 :]],
+        "magnitude": entries[np.argsort(-np.abs(entries))][:k],
+    }
+    return ends[which]
+
+
 class TestLanczos:
     @pytest.mark.parametrize("reorthogonalize", ["full", "selective"])
     @every_seed
@@ -96,7 +107,7 @@ class TestLanczos:
         with pytest.raises(ValueError, match="finite positive length, got 0"):
             spectrum.lanczos(operator, jnp.zeros(2), 2)
         with pytest.raises(ValueError, match="finite positive length, got inf"):
-            spectrum.lanczos(operator, jnp.full(2, 1e300), 2)
+            spectrum.lanczos(operator, jnp.full(2, jnp.inf), 2)
         with pytest.raises(ValueError, match="the start vector must match"):
             spectrum.lanczos(operator, jnp.ones(3), 2)
         with pytest.raises(ValueError, match="order must be"):
@@ -131,9 +142,9 @@ class TestEigenpairs:
 
     def test_residuals_bound_the_errors_before_convergence(self):
         operator, matrix = hessian()
-        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, tolerance=0.0, max_products=9)
+        pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, tolerance=0.0, max_matvecs=9)
         exact = np.linalg.eigvalsh(matrix)
-        assert pairs.num_products == 9
+        assert pairs.num_matvecs == 9
         assert not pairs.converged.all()
         for value, residual in zip(pairs.values, pairs.residuals, strict=True):
             assert np.abs(exact - value).min() <= residual * (1 + 1e-9)
@@ -149,7 +160,7 @@ class TestEigenpairs:
     def test_a_small_basis_restarts_and_finds_the_same(self):
         operator, matrix = hessian(hidden=30)
         pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, basis_size=6, tolerance=1e-6)
-        assert pairs.num_products > 6
+        assert pairs.num_matvecs > 6
         np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(matrix)[::-1][:3], atol=1e-8)
 
     def test_multiple_eigenvalues_are_all_found(self):
@@ -199,7 +210,7 @@ class TestEigenpairs:
         operator, _ = hessian()
         cold = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-6)
         warm = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-6, start=cold.vectors)
-        assert warm.num_products < cold.num_products
+        assert warm.num_matvecs < cold.num_matvecs
         np.testing.assert_allclose(warm.values, cold.values, atol=1e-8)
         # Started from the eigenvector of a smaller eigenvalue, it still finds the largest.
         misled = diagonal([1.0, 2.0, 7.0])
@@ -247,7 +258,7 @@ class TestEigenpairs:
             ({"k": 0}, "k must be"),
             ({"which": "top"}, "which must be one of"),
             ({"tolerance": -1.0}, "tolerance must be"),
-            ({"max_products": 0}, "max_products must be"),
+            ({"max_matvecs": 0}, "max_matvecs must be"),
             ({"basis_size": 1}, "basis_size must be at least"),
             ({"start": jnp.zeros(2)}, "start must have a finite positive length"),
         ],
@@ -295,7 +306,7 @@ class TestDensity:
         np.testing.assert_allclose(short.eigh()[0], [1.0])
         np.testing.assert_allclose(long.eigh()[0], [1.0, 2.0, 5.0])
 
-    def test_data_are_gone_through_once_for_probe_batch_size(self):
+    def test_probes_of_a_batch_take_one_pass_over_the_data(self):
         one, passes = problems.problem(), []
 
         class Stream:
@@ -431,5 +442,68 @@ class TestFloat32:
 
     def test_more_pairs_than_products_are_refused(self):
         operator = spectrum.Operator(lambda v: v, jnp.zeros(5))
-        with pytest.raises(ValueError, match="at least as many products, got max_products=2"):
-            spectrum.top_eigenpairs(operator, 3, key=KEY, max_products=2)
+        with pytest.raises(ValueError, match="at least as many products, got max_matvecs=2"):
+            spectrum.top_eigenpairs(operator, 3, key=KEY, max_matvecs=2)
+
+    def test_no_copy_of_few_distinct_eigenvalues_is_missed(self):
+        """Operators of 24 entries with up to five distinct values, at every end."""
+        rng = np.random.default_rng(0)
+        product = jax.jit(jnp.multiply)
+        for index in range(20):
+            distinct = rng.integers(-6, 7, size=rng.integers(1, 6))
+            entries = rng.choice(distinct, size=24).astype(float)
+            factors = jnp.asarray(entries, jnp.float32)
+            operator = spectrum.Operator(lambda v, f=factors: product(f, v), jnp.zeros(24))
+            for which in ("largest", "smallest", "both", "magnitude"):
+                pairs = spectrum.top_eigenpairs(operator, 5, key=jax.random.key(index), which=which)
+                signs = np.abs if which == "magnitude" else np.asarray  # 5 and -5 are level there
+                exact = exact_end(entries, 5, which)
+                assert pairs.converged.all()
+                np.testing.assert_allclose(signs(pairs.values), signs(exact), atol=1e-4)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_double_eigenvalue_above_a_bulk_is_found_twice(self, seed):
+        rng = np.random.default_rng(seed)
+        entries = np.r_[[9.0, 8.0, 8.0, 7.0, 7.0, 7.0, 6.0], np.abs(rng.normal(size=2000)) / 2]
+        factors = jnp.asarray(entries, jnp.float32)
+        operator = spectrum.Operator(lambda v: factors * v, jnp.zeros(len(entries)))
+        pairs = spectrum.top_eigenpairs(operator, 5, key=jax.random.key(seed))
+        assert pairs.converged.all()
+        np.testing.assert_allclose(pairs.values, entries[:5], rtol=1e-4)
+
+    def test_pairs_that_were_not_verified_are_not_converged(self):
+        factors = jnp.arange(1.0, 101.0).at[0].set(1000)
+        operator = spectrum.Operator(lambda v: factors * v, jnp.zeros(100))
+        pairs = spectrum.top_eigenpairs(operator, 1, key=KEY, max_matvecs=5)
+        assert pairs.num_matvecs == 5
+        np.testing.assert_allclose(pairs.values, [1000.0], rtol=1e-4)
+        assert not pairs.converged.any()
+        assert spectrum.top_eigenpairs(operator, 1, key=KEY).converged.all()
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+    def test_the_scale_of_an_operator_makes_no_difference(self, scale):
+        rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
+        matrix = rotation * np.r_[np.linspace(-1, 1, 38), 3.0, 5.0] @ rotation.T
+
+        def results(scale):
+            entries = jnp.asarray(matrix * scale, jnp.float32)
+            operator = spectrum.Operator(lambda v: entries @ v, jnp.zeros(40))
+            pairs = spectrum.top_eigenpairs(operator, 2, key=KEY)
+            density = spectrum.spectral_density(operator, key=KEY, order=6, num_probes=2)
+            tridiagonal = spectrum.lanczos(operator, jnp.full(40, scale), 4)
+            assert pairs.converged.all()
+            return [
+                pairs.values / scale,
+                tridiagonal.diagonal / scale,
+                tridiagonal.residual / scale,
+                density.grid / scale,
+                density.density * scale,
+                density.wasserstein_error / scale,
+                *(
+                    spectrum.trace(operator, key=KEY, num_probes=4, method=method).value / scale
+                    for method in ("hutchinson", "hutch++")
+                ),
+            ]
+
+        for scaled, plain in zip(results(scale), results(1.0), strict=True):
+            np.testing.assert_allclose(scaled, plain, rtol=1e-4, atol=1e-4)

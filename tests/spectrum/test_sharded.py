@@ -117,8 +117,8 @@ def test_a_lanczos_step_sums_scalars_and_coefficients_alone(mesh, step):
     window = _basis.Basis(vector, CAPACITY)._window
     weights = jnp.ones((CAPACITY, 2))
     calls = {
-        "three terms": (_lanczos._three_terms, (vector, vector, vector, 1.0)),
-        "orthogonalized": (_basis._orthogonalized, (window, vector)),
+        "three terms": (_lanczos.three_terms, (vector, vector, vector, 1.0)),
+        "orthogonalized": (_basis.orthogonalized, (window, vector)),
         "put": (_basis._put, (window, vector, 1.0, 0)),
         "combined": (_basis._combined, (window, weights, vector)),
         "replaced": (_basis._replaced, (window, jax.tree.map(lambda x: x[jnp.newaxis], vector))),

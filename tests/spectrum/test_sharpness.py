@@ -49,6 +49,15 @@ class TestTracker:
         )
         assert np.isfinite(optax.tree.get(state, "hessian_trace"))
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e30])
+    def test_the_scale_of_the_loss_makes_no_difference(self, scale):
+        matrix = jnp.asarray(np.diag([5.0, 3.0, -4.0]) + 0.5, jnp.float32) * scale
+        tx = spectrum.track_sharpness(0.1, num_matvecs=4)
+        params = jnp.zeros(3)
+        _, state = tx.update(params, tx.init(params), params, obj_fn=lambda x: x @ matrix @ x / 2)
+        exact = np.linalg.eigvalsh(np.asarray(matrix, np.float64))[-1]
+        np.testing.assert_allclose(state.sharpness, exact, rtol=1e-5)
+
     def test_an_exhausted_space_gives_the_exact_value(self):
         def loss(x):
             return jnp.sum(jnp.array([3.0, -1.0]) * x**2) / 2
