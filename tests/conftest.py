@@ -1,5 +1,6 @@
 """Set-up of the whole test session."""
 
+import ctypes
 import gc
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 # set before any test module is imported, for every test of the session.
 jax.config.update("jax_num_cpu_devices", 8)
 
+C_LIBRARY = ctypes.CDLL(None)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_functions_end_with_their_module():
@@ -16,3 +19,6 @@ def compiled_functions_end_with_their_module():
     yield
     jax.clear_caches()
     gc.collect()
+    # What compilation freed stays with the process until the C library is told to give it back.
+    if hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
