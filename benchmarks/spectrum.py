@@ -200,7 +200,7 @@ def _full(
         "eigenvalue_seconds": middle - start,
         "eigenvalue_products": int(pairs.num_products),
         "density_seconds": end - middle,
-        "density_products": density.num_products,
+        "density_products": density.num_matvecs,
         "wasserstein_error": density.wasserstein_error,
         "share_near_zero": _share_near_zero(density, pairs.values[0]),
         "lowest_node": float(min(map(np.min, density.nodes))),

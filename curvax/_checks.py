@@ -1,7 +1,10 @@
 """Checks of what a user hands in: one sentence each, raised before any work is done."""
 
+import functools
+import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from curvax._trees import PyTree, path_name, path_names
 
 
 def is_traced(value: Any) -> bool:
@@ -63,12 +66,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {names}, got {value!r}.")
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as people write it: ``layers/0/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "(the root)"
-
-
-def check_like(name: str, tree: PyTree, params: PyTree) -> None:
+def check_like(name: str, tree: PyTree, params: PyTree, whose: str = "params") -> None:
     """Raises unless ``tree`` has a leaf of the same shape for each leaf of ``params``."""
     ours = jax.tree_util.tree_leaves_with_path(tree)
     theirs = jax.tree_util.tree_leaves_with_path(params)
@@ -76,8 +74,8 @@ def check_like(name: str, tree: PyTree, params: PyTree) -> None:
         found, wanted = _describe(one), _describe(other)
         if found != wanted:
             raise ValueError(
-                f"{name} must match params leaf for leaf: at the first difference "
-                f"{name} has {found}, params has {wanted}."
+                f"{name} must match {whose} leaf for leaf: at the first difference "
+                f"{name} has {found}, {whose} has {wanted}."
             )
 
 
@@ -99,7 +97,46 @@ def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
     return f"{path_name(path)} of shape {shape}"
 
 
-def checked_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...]) -> None:
+    """Raises if ``fun`` has a keyword that ``owner`` keeps for itself and would not hand over.
+
+    A parameter without a default is let through: it is given by position, or missed by Python.
+    What ``functools.partial`` has bound is settled.
+    """
+    bound: set[str] = set()
+    inner: Any = fun
+    while isinstance(inner, functools.partial):
+        bound |= inner.keywords.keys()
+        inner = inner.func
+    try:
+        parameters = inspect.signature(fun).parameters
+    except (TypeError, ValueError):  # of builtins
+        return
+    for name in reserved:
+        found = parameters.get(name)
+        if found is None or name in bound:
+            continue
+        if found.kind is found.KEYWORD_ONLY or found.default is not found.empty:
+            raise ValueError(
+                f"{owner} takes {name}= for itself, so the loss's or network's own {name} would "
+                f"never be set: bind it, functools.partial(fun, {name}=...), or rename it."
+            )
+
+
+def warn_of_batch_stats(params: PyTree) -> None:
+    """Warns where running statistics are among the parameters, as in Linen's variables."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if "batch_stats" in path_names(path):
+            warnings.warn(
+                f"params holds running statistics at {path_name(path)}, which would count as "
+                'parameters: pass variables["params"] alone, and give batch_stats to the loss by '
+                "a closure or among the batches.",
+                stacklevel=3,
+            )
+            return
+
+
+def scalar_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """``fun`` as ``(loss, aux)``, with an output that is not a real scalar refused."""
 
     def loss_and_aux(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from curvax._checks import path_name
+from curvax._trees import path_name
 
 
 def find_node(state: Any, fields: tuple[str, ...], *, one: str, several: str, example: str) -> Any:

@@ -31,7 +31,7 @@ def docstring_of(name):
 
 def test_the_top_level_hands_on_what_its_packages_offer():
     offered = [*curvax.curvature.__all__, *curvax.optimizers.__all__]
-    assert sorted(curvax.__all__) == sorted([*offered, *PACKAGES, "inverse_fisher"])
+    assert sorted(curvax.__all__) == sorted([*offered, *PACKAGES, "KernelLayout", "inverse_fisher"])
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -3,6 +3,7 @@
 Plain functions of a loss; nothing here knows of Optax.
 """
 
+from curvax.curvature._batch_loss import WeightedTargets
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._from_state import (
     RefreshState,
@@ -20,7 +21,12 @@ from curvax.curvature._hutchinson import (
     hessian_diag,
     hessian_trace,
 )
-from curvax.curvature._losses import OutputLoss, convex_loss
+from curvax.curvature._losses import (
+    OutputLoss,
+    convex_loss,
+    softmax_cross_entropy,
+    squared_error,
+)
 from curvax.curvature._probes import random_probe
 from curvax.curvature._products import hvp, linearized_hvp, value_grad_and_hvp
 
@@ -29,6 +35,7 @@ __all__ = [
     "OutputLoss",
     "RefreshState",
     "TraceEstimate",
+    "WeightedTargets",
     "convex_loss",
     "fisher_vp",
     "ggn_vp",
@@ -37,6 +44,8 @@ __all__ = [
     "hvp",
     "linearized_hvp",
     "random_probe",
+    "softmax_cross_entropy",
+    "squared_error",
     "value_grad_and_ggn_diag",
     "value_grad_and_ggn_diag_from_outputs",
     "value_grad_and_hessian_diag",

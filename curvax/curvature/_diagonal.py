@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_count
+from curvax._checks import check_choice, check_count, check_keywords
+from curvax._trees import PyTree, is_inexact, widen
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import Mode, PyTree, value_grad_and_hvp, wide
+from curvax.curvature._products import Mode, value_grad_and_hvp
 
 
 def value_grad_and_hessian_diag(
@@ -68,6 +69,7 @@ def value_grad_and_hessian_diag(
     """
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_keywords("value_grad_and_hessian_diag", fun, ("key",))
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
     def value_grad_and_diag(
@@ -103,6 +105,6 @@ def mean_over_probes(
 
 
 def _mean(samples: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(samples.dtype, jnp.inexact):
+    if not is_inexact(samples):
         return samples[0]
-    return jnp.mean(wide(samples), axis=0).astype(samples.dtype)
+    return jnp.mean(widen(samples), axis=0).astype(samples.dtype)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from curvax._checks import check_choice
 from curvax._find import find_node
+from curvax._trees import Differentiable, PyTree
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution
-from curvax.curvature._products import Differentiable, Mode, PyTree, loss_of_leaves
+from curvax.curvature._products import Mode, loss_of_leaves
 
 
 @runtime_checkable

@@ -9,54 +9,21 @@ and stored values.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_count, check_like
+from curvax._checks import check_choice, check_count, check_keywords, check_like
+from curvax._trees import PyTree
+from curvax.curvature._batch_loss import BatchLoss
 from curvax.curvature._diagonal import mean_over_probes
-from curvax.curvature._losses import LOSSES, BatchLoss, OutputLoss, convex_loss
+from curvax.curvature._jacobian import Linearization, Network, linearize_network
+from curvax.curvature._losses import LOSSES, OutputLoss, convex_loss
+from curvax.curvature._modes import MODES, JacobianMode
 from curvax.curvature._probes import Distribution, times_probe
-from curvax.curvature._products import Differentiable, Leaves, PyTree, cast_like
 
-Network = Callable[..., Any]
 Loss = str | OutputLoss | Callable[[jax.Array, Any], jax.Array]
-
-
-class _Linearization(NamedTuple):
-    """A network at one point: its outputs, and its Jacobian from both sides."""
-
-    tree: Differentiable
-    outputs: jax.Array
-    aux: Any
-    jacobian_vp: Callable[[Leaves], jax.Array]
-    vector_jacobian: Callable[[jax.Array], Leaves]
-
-    def tangents(self, tangent: PyTree) -> Leaves:
-        leaves = self.tree.select(jax.tree.leaves(tangent))
-        return cast_like(leaves, self.tree.select(self.tree.leaves))
-
-
-def _linearize(
-    network: Network, params: PyTree, inputs: Any, kwargs: dict[str, Any], *, has_aux: bool
-) -> _Linearization:
-    tree = Differentiable.of(params)
-    leaves = tree.select(tree.leaves)
-
-    def outputs_and_aux(point: Leaves) -> tuple[jax.Array, Any]:
-        result = network(tree.params(point), inputs, **kwargs)
-        outputs, aux = result if has_aux else (result, None)
-        if isinstance(outputs, tuple | list | dict):
-            raise ValueError(
-                f"the network must return one array of outputs, got a "
-                f"{type(outputs).__name__}; if it returns (outputs, aux), pass has_aux=True."
-            )
-        return outputs, aux
-
-    outputs, jacobian_vp, aux = jax.linearize(outputs_and_aux, leaves, has_aux=True)
-    transposed = jax.linear_transpose(jacobian_vp, leaves)
-    return _Linearization(tree, outputs, aux, jacobian_vp, lambda u: transposed(u)[0])
 
 
 def _output_loss(loss: Loss) -> OutputLoss:
@@ -77,6 +44,7 @@ def ggn_vp(
     targets: Any = None,
     *,
     has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> PyTree:
     r"""The product of the generalized Gauss-Newton matrix with a vector.
@@ -93,22 +61,25 @@ def ggn_vp(
       network: ``network(params, inputs, **kwargs)`` that returns an array of outputs of
         shape ``(*examples, C)``, or ``(outputs, aux)`` with ``has_aux``.
       loss: ``"softmax_cross_entropy"`` (targets are integer labels or probabilities),
-        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss`, or any
-        function ``(outputs, target) -> scalar`` of one example that is convex in the
-        outputs.
+        ``"squared_error"`` ($\frac12 \|f_n - y_n\|^2$), a `curvax.OutputLoss` such as these two
+        under their names in `curvax`, or any function ``(outputs, target) -> scalar`` of one
+        example that is convex in the outputs.
       params: a tree of arrays.
       tangent: a tree like ``params``, the vector.
       inputs: what ``network`` takes; it gets no tangent.
-      targets: an array with the outputs' example axes first; the two named losses do not
-        need it for products.
+      targets: an array with the outputs' example axes first, or `curvax.WeightedTargets` of
+        one; the two named losses do not need it for products.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
+      mode: ``"forward_over_reverse"`` takes $J t$ by forward mode; ``"reverse_over_reverse"`` by
+        two vector-Jacobian products, for a network with a kernel that has no forward-mode rule.
       **kwargs: keyword arguments of ``network``.
 
     Returns:
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: on an unknown loss, or a tangent or targets that do not match.
+      ValueError: on an unknown loss, a tangent or targets that do not match, or a ``mode`` that
+        an operation of the network does not allow.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -123,9 +94,9 @@ def ggn_vp(
       Schraudolph, [Fast curvature matrix-vector products for second-order gradient
       descent](https://doi.org/10.1162/08997660260028683), 2002.
     """
-    return _outer_product_vp(
-        network, loss, params, tangent, inputs, targets, kwargs, has_aux, BatchLoss.hessian_vp
-    )
+    check_keywords("ggn_vp", network, ("targets", "has_aux", "mode"))
+    point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    return _outer_product_vp(point, loss, params, tangent, targets, BatchLoss.hessian_vp)
 
 
 def fisher_vp(
@@ -138,6 +109,7 @@ def fisher_vp(
     *,
     empirical: bool = False,
     has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> PyTree:
     r"""The product of the Fisher matrix, or of the empirical one, with a vector.
@@ -164,6 +136,7 @@ def fisher_vp(
       targets: an array with the outputs' example axes first; required if ``empirical``.
       empirical: whether to use the labels of the data.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
+      mode: as in `curvax.ggn_vp`.
       **kwargs: keyword arguments of ``network``.
 
     Returns:
@@ -200,28 +173,25 @@ def fisher_vp(
             "or ask for empirical=True or for ggn_vp."
         )
     product = BatchLoss.empirical_vp if empirical else BatchLoss.hessian_vp
-    return _outer_product_vp(
-        network, loss, params, tangent, inputs, targets, kwargs, has_aux, product
-    )
+    check_keywords("fisher_vp", network, ("targets", "empirical", "has_aux", "mode"))
+    point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+    return _outer_product_vp(point, loss, params, tangent, targets, product)
 
 
 def _outer_product_vp(
-    network: Network,
+    point: Linearization,
     loss: Loss,
     params: PyTree,
     tangent: PyTree,
-    inputs: Any,
     targets: Any,
-    kwargs: dict[str, Any],
-    has_aux: bool,
     output_product: Callable[[BatchLoss, jax.Array, jax.Array], jax.Array],
 ) -> PyTree:
     """``Jᵀ M J t`` with ``M`` the given product in the space of outputs."""
     check_like("tangent", tangent, params)
-    at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-    batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-    product = output_product(batch_loss, at.outputs, at.jacobian_vp(at.tangents(tangent)))
-    return at.tree.tangent(at.vector_jacobian(product.astype(at.outputs.dtype)))
+    batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+    outputs_tangent = point.jacobian_vp(point.tangents(tangent))
+    product = output_product(batch_loss, point.outputs, outputs_tangent)
+    return point.tree.tangent(point.vector_jacobian(product.astype(point.outputs.dtype)))
 
 
 def value_grad_and_ggn_diag(
@@ -231,6 +201,7 @@ def value_grad_and_ggn_diag(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
@@ -252,6 +223,7 @@ def value_grad_and_ggn_diag(
       has_aux: whether ``network`` returns ``(outputs, aux)``.
       num_probes: the number of probes, vectorized and averaged.
       distribution: ``"rademacher"`` or ``"normal"``.
+      mode: as in `curvax.ggn_vp`.
 
     Returns:
       A function ``(params, inputs, targets, *, key, **kwargs) -> (value, grads, diag)``;
@@ -273,21 +245,23 @@ def value_grad_and_ggn_diag(
       (0.5, Array([0.5, 0.5], dtype=float32))
     """
     check_count("num_probes", num_probes)
+    check_choice("mode", mode, MODES[:2])
+    check_keywords("value_grad_and_ggn_diag", network, ("targets", "key"))
 
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-        batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-        value, grads = _value_and_grad(at, batch_loss, has_aux)
+        point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
+        batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+        value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def along(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
-            outputs_tangent = at.jacobian_vp(at.tangents(probe))
-            cotangent = batch_loss.hessian_vp(at.outputs, outputs_tangent)
-            product = at.vector_jacobian(cotangent.astype(at.outputs.dtype))
-            return value, grads, times_probe(probe, at.tree.tangent(product))
+        def estimate(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
+            outputs_tangent = point.jacobian_vp(point.tangents(probe))
+            cotangent = batch_loss.hessian_vp(point.outputs, outputs_tangent)
+            product = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
+            return value, grads, times_probe(probe, point.tree.tangent(product))
 
-        return mean_over_probes(along, key, params, num_probes, distribution)
+        return mean_over_probes(estimate, key, params, num_probes, distribution)
 
     return value_grad_and_diag
 
@@ -309,11 +283,11 @@ def value_grad_and_ggn_diag_from_outputs(
     $$
 
     Each entry is a square, so it is never negative, and unbiased for the Gauss-Newton
-    diagonal. It costs one backward pass more than the gradient and no tangents, which makes
-    it the cheapest curvature here. Fed to AdaHessian as ``hessian_diag``, the mean of
-    $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly that with normal
-    probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$: the
-    diagonal itself up to a factor, without the rest of the row that
+    diagonal. It costs one backward pass more than the gradient and no tangents, so it is the
+    cheapest curvature here, and any kernel with a gradient allows it. Fed to AdaHessian as
+    ``hessian_diag``, the mean of $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly
+    that with normal probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$:
+    the diagonal itself up to a factor, without the rest of the row that
     `curvax.value_grad_and_ggn_diag` adds.
 
     Args:
@@ -349,28 +323,33 @@ def value_grad_and_ggn_diag_from_outputs(
       2023, Algorithm 2, with the factor $B$ in place of sampled labels.
     """
     check_count("num_probes", num_probes)
+    check_keywords("value_grad_and_ggn_diag_from_outputs", network, ("targets", "key"))
 
     def value_grad_and_diag(
         params: PyTree, inputs: Any, targets: Any, *, key: jax.Array, **kwargs: Any
     ) -> tuple[Any, PyTree, PyTree]:
-        at = _linearize(network, params, inputs, kwargs, has_aux=has_aux)
-        batch_loss = BatchLoss.of(_output_loss(loss), at.outputs, targets)
-        value, grads = _value_and_grad(at, batch_loss, has_aux)
+        point = linearize_network(
+            network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
+        )
+        batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
+        value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def along(noise: jax.Array) -> tuple[Any, PyTree, PyTree]:
-            cotangent = batch_loss.hessian_factor_vp(at.outputs, noise)
-            pulled = at.vector_jacobian(cotangent.astype(at.outputs.dtype))
-            return value, grads, at.tree.tangent([_square(leaf) for leaf in pulled])
+        def estimate(noise: jax.Array) -> tuple[Any, PyTree, PyTree]:
+            cotangent = batch_loss.hessian_factor_vp(point.outputs, noise)
+            pulled = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
+            return value, grads, point.tree.tangent([_square(leaf) for leaf in pulled])
 
-        return mean_over_probes(along, key, at.outputs, num_probes, distribution)
+        return mean_over_probes(estimate, key, point.outputs, num_probes, distribution)
 
     return value_grad_and_diag
 
 
-def _value_and_grad(at: _Linearization, batch_loss: BatchLoss, has_aux: bool) -> tuple[Any, PyTree]:
-    value, cotangent = jax.value_and_grad(batch_loss.value)(at.outputs)
-    grads = at.tree.tangent(at.vector_jacobian(cotangent))
-    return ((value, at.aux) if has_aux else value), grads
+def _value_and_grad(
+    point: Linearization, batch_loss: BatchLoss, has_aux: bool
+) -> tuple[Any, PyTree]:
+    value, cotangent = jax.value_and_grad(batch_loss.value)(point.outputs)
+    grads = point.tree.tangent(point.vector_jacobian(cotangent.astype(point.outputs.dtype)))
+    return ((value, point.aux) if has_aux else value), grads
 
 
 def _square(leaf: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ $$
 
 so the mean over probes estimates, and the spread over probes tells how well. The gradient is
 linearized once; the probes then run through the linear map in batches of
-``probe_batch_size``, and only running sums are kept.
+``probe_batch_size``, and only running sums are kept. All of it is compiled once for a loss.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from curvax._checks import check_choice, check_count
+from curvax._checks import check_choice, check_count, check_keywords, warn_of_batch_stats
+from curvax._trees import Differentiable, PyTree, is_inexact, widen
+from curvax.curvature._compiled import Static, compiled_once
+from curvax.curvature._modes import MODES, Mode
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import (
-    Differentiable,
-    Mode,
-    PyTree,
-    linearized_hvp,
-    wide,
-)
+from curvax.curvature._products import linearized_hvp
 
 Method = Literal["hutchinson", "exact"]
 
@@ -44,21 +42,37 @@ class DiagEstimate(NamedTuple):
 
 
 class TraceEstimate(NamedTuple):
-    """An estimate of a Hessian's trace, whole and leaf by leaf.
+    """An estimate of a Hessian's or operator's trace, whole and leaf by leaf.
 
     Attributes:
       value: a float32 or wider scalar.
       standard_error: one standard deviation of ``value``; NaN with a single probe and 0
         where the value is exact.
       per_leaf: a tree like ``params`` of scalars, the trace of each leaf's diagonal block;
-        they add up to ``value``.
-      per_leaf_standard_error: a tree like ``params`` of scalars.
+        they add up to ``value``. None where the method has none.
+      per_leaf_standard_error: a tree like ``params`` of scalars, or None.
+      samples: what each probe gave, of shape (num_probes,); of shape (0,) where the value is
+        exact.
+      num_matvecs: the number of products taken.
     """
 
-    value: jax.Array
-    standard_error: jax.Array
+    value: jax.Array | float
+    standard_error: jax.Array | float
     per_leaf: PyTree
     per_leaf_standard_error: PyTree
+    samples: jax.Array | np.ndarray
+    num_matvecs: int
+
+
+class _Options(NamedTuple):
+    """What is static in an estimate."""
+
+    num_probes: int
+    probe_batch_size: int
+    distribution: Distribution
+    method: Method
+    has_aux: bool
+    mode: Mode
 
 
 class _Moments(NamedTuple):
@@ -73,9 +87,8 @@ class _Moments(NamedTuple):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
         return cls(jnp.zeros(()), zeros, zeros)
 
-    def add(self, samples: PyTree) -> "_Moments":
-        """The moments with a batch of samples, along the leaves' first axes, added."""
-        size = jax.tree.leaves(samples)[0].shape[0]
+    def add(self, samples: PyTree, size: int) -> "_Moments":
+        """The moments with ``size`` samples, along the leaves' first axes, added."""
         mean = jax.tree.map(lambda s: jnp.mean(s, axis=0), samples)
         total = self.num_samples + size
 
@@ -128,7 +141,8 @@ def hessian_diag(
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
       params: a tree of arrays, the point at which the Hessian is taken.
-      *args: further arguments of ``fun``.
+      *args: further arguments of ``fun``. Arrays in them may change without a new compilation;
+        anything else, such as a Python number, is static.
       key: a PRNG key; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: how many products are vectorized; the rest follow one batch after
@@ -148,8 +162,8 @@ def hessian_diag(
       $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$.
 
     Raises:
-      ValueError: on an option out of range, a missing key, or a loss that is not a real
-        scalar.
+      ValueError: on an option out of range, a missing key, a loss that is not a real scalar, or
+        one with a keyword of its own that is an option here.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -167,18 +181,8 @@ def hessian_diag(
       Bekas et al., [An estimator for the diagonal of a
       matrix](https://doi.org/10.1016/j.apnum.2007.01.003), 2007.
     """
-    product = linearized_hvp(fun, params, *args, has_aux=has_aux, mode=mode, **kwargs)
-    if _is_exact(method):
-        value = _exact_diag(product, params, probe_batch_size)
-        return DiagEstimate(value, jax.tree.map(jnp.zeros_like, value))
-
-    def sample(probe_key: jax.Array) -> PyTree:
-        probe = random_probe(probe_key, params, distribution)
-        return jax.tree.map(_wide_real, times_probe(probe, product(probe)))
-
-    moments = _sample_moments(sample, key, num_probes, probe_batch_size)
-    pair = moments.mean, moments.standard_error()
-    return DiagEstimate(*(jax.tree.map(_as_leaf, params, tree) for tree in pair))
+    options = _Options(num_probes, probe_batch_size, distribution, method, has_aux, mode)
+    return _estimate("hessian_diag", _diag, fun, params, args, kwargs, key, options)
 
 
 def hessian_trace(
@@ -219,13 +223,11 @@ def hessian_trace(
       **kwargs: keyword arguments of ``fun``.
 
     Returns:
-      A `curvax.TraceEstimate`: ``.value``, ``.standard_error``, ``.per_leaf`` and
-      ``.per_leaf_standard_error``, in float32 or wider. A complex leaf counts as two real
-      ones.
+      A `curvax.TraceEstimate` in float32 or wider. A complex leaf counts as two real ones.
 
     Raises:
-      ValueError: on an option out of range, a missing key, or a loss that is not a real
-        scalar.
+      ValueError: on an option out of range, a missing key, a loss that is not a real scalar, or
+        one with a keyword of its own that is an option here.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -240,28 +242,89 @@ def hessian_trace(
       Hutchinson, [A stochastic estimator of the trace of the influence
       matrix](https://doi.org/10.1080/03610918908812806), 1989.
     """
-    product = linearized_hvp(fun, params, *args, has_aux=has_aux, mode=mode, **kwargs)
-    if _is_exact(method):
-        diag = _exact_diag(product, params, probe_batch_size)
+    options = _Options(num_probes, probe_batch_size, distribution, method, has_aux, mode)
+    estimate = _estimate("hessian_trace", _trace, fun, params, args, kwargs, key, options)
+    num_matvecs = num_probes
+    if method == "exact":
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if is_inexact(leaf)]
+        num_matvecs = sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in leaves)
+    return estimate._replace(num_matvecs=num_matvecs)
+
+
+def _estimate(
+    name: str,
+    estimator: Callable[..., Any],
+    fun: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    key: jax.Array | None,
+    options: _Options,
+) -> Any:
+    """Checks the options, and calls the estimator that is compiled for ``fun``."""
+    check_choice("method", options.method, ("hutchinson", "exact"))
+    check_choice("mode", options.mode, MODES)
+    check_count("num_probes", options.num_probes)
+    check_count("probe_batch_size", options.probe_batch_size)
+    check_keywords(name, fun, ("key", *_Options._fields))
+    warn_of_batch_stats(params)
+    if key is None and options.method != "exact":
+        raise ValueError('a random estimate needs a key; pass key= or method="exact".')
+    arrays, static = Static.split((args, kwargs))
+    compiled = compiled_once(_compiled, fun, estimator=estimator)
+    return compiled(options, static, params, arrays, key)
+
+
+def _compiled(fun: Callable[..., Any], *, estimator: Callable[..., Any]) -> Callable[..., Any]:
+    def estimate(
+        options: _Options, static: Static, params: PyTree, arrays: Any, key: jax.Array | None
+    ) -> Any:
+        args, kwargs = static.merge(arrays)
+        product = linearized_hvp(
+            fun, params, *args, has_aux=options.has_aux, mode=options.mode, **kwargs
+        )
+        return estimator(product, params, key, options)
+
+    return jax.jit(estimate, static_argnums=(0, 1))
+
+
+def _diag(
+    product: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, options: _Options
+) -> DiagEstimate:
+    if options.method == "exact":
+        value = _exact_diag(product, params, options.probe_batch_size)
+        return DiagEstimate(value, jax.tree.map(jnp.zeros_like, value))
+
+    def sample(probe_key: jax.Array) -> tuple[PyTree, None]:
+        probe = random_probe(probe_key, params, options.distribution)
+        return jax.tree.map(_wide_real, times_probe(probe, product(probe))), None
+
+    moments, _ = _sample_moments(sample, key, options)
+    pair = moments.mean, moments.standard_error()
+    return DiagEstimate(*(jax.tree.map(_as_leaf, params, tree) for tree in pair))
+
+
+def _trace(
+    product: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, options: _Options
+) -> TraceEstimate:
+    if options.method == "exact":
+        diag = _exact_diag(product, params, options.probe_batch_size)
         per_leaf = jax.tree.map(lambda d: jnp.sum(_wide_real(d)), diag)
         zeros = jax.tree.map(jnp.zeros_like, per_leaf)
         total = _sum(per_leaf)
-        return TraceEstimate(total, jnp.zeros_like(total), per_leaf, zeros)
+        none = jnp.zeros(0, total.dtype)
+        return TraceEstimate(total, jnp.zeros_like(total), per_leaf, zeros, none, 0)
 
-    def sample(probe_key: jax.Array) -> tuple[jax.Array, PyTree]:
-        probe = random_probe(probe_key, params, distribution)
+    def sample(probe_key: jax.Array) -> tuple[tuple[jax.Array, PyTree], jax.Array]:
+        probe = random_probe(probe_key, params, options.distribution)
         diag = jax.tree.map(_wide_real, times_probe(probe, product(probe)))
         per_leaf = jax.tree.map(jnp.sum, diag)
-        return _sum(per_leaf), per_leaf
+        total = _sum(per_leaf)
+        return (total, per_leaf), total
 
-    moments = _sample_moments(sample, key, num_probes, probe_batch_size)
+    moments, samples = _sample_moments(sample, key, options)
     (value, per_leaf), errors = moments.mean, moments.standard_error()
-    return TraceEstimate(value, errors[0], per_leaf, errors[1])
-
-
-def _is_exact(method: Method) -> bool:
-    check_choice("method", method, ("hutchinson", "exact"))
-    return method == "exact"
+    return TraceEstimate(value, errors[0], per_leaf, errors[1], samples, 0)
 
 
 def _sum(per_leaf: PyTree) -> jax.Array:
@@ -269,34 +332,32 @@ def _sum(per_leaf: PyTree) -> jax.Array:
 
 
 def _sample_moments(
-    sample: Callable[[jax.Array], PyTree],
-    key: jax.Array | None,
-    num_probes: int,
-    probe_batch_size: int,
-) -> _Moments:
-    """The moments of ``num_probes`` samples, of which one batch is alive at a time."""
-    check_count("num_probes", num_probes)
-    check_count("probe_batch_size", probe_batch_size)
-    if key is None:
-        raise ValueError('a random estimate needs a key; pass key= or method="exact".')
-    keys = jax.random.split(key, num_probes)
-    moments = _Moments.zeros(jax.eval_shape(sample, keys[0]))
-    batch = min(probe_batch_size, num_probes)
-    whole = num_probes // batch * batch
+    sample: Callable[[jax.Array], tuple[PyTree, Any]], key: jax.Array, options: _Options
+) -> tuple[_Moments, Any]:
+    """Moments of the samples, of which one batch is alive at a time, and what is kept of each."""
+    keys = jax.random.split(key, options.num_probes)
+    moments = _Moments.zeros(jax.eval_shape(sample, keys[0])[0])
+    batch = min(options.probe_batch_size, options.num_probes)
+    whole = options.num_probes // batch * batch
 
-    def step(moments: _Moments, keys: jax.Array) -> tuple[_Moments, None]:
-        return moments.add(jax.vmap(sample)(keys)), None
+    def step(moments: _Moments, keys: jax.Array) -> tuple[_Moments, Any]:
+        if len(keys) == 1:  # some kernels have no vmap
+            samples, kept = jax.tree.map(lambda x: x[jnp.newaxis], sample(keys[0]))
+        else:
+            samples, kept = jax.vmap(sample)(keys)
+        return moments.add(samples, len(keys)), kept
 
     batches = keys[:whole].reshape(whole // batch, batch, *keys.shape[1:])
-    moments, _ = jax.lax.scan(step, moments, batches)
-    if whole < num_probes:
-        moments, _ = step(moments, keys[whole:])
-    return moments
+    moments, kept = jax.lax.scan(step, moments, batches)
+    kept = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), kept)
+    if whole < options.num_probes:
+        moments, rest = step(moments, keys[whole:])
+        kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, rest)
+    return moments, kept
 
 
 def _exact_diag(product: Callable[[PyTree], PyTree], params: PyTree, batch_size: int) -> PyTree:
     """One product for each real coordinate, ``batch_size`` of them vectorized."""
-    check_count("probe_batch_size", batch_size)
     tree = Differentiable.of(params)
 
     def leaf_diag(position: int, leaf: jax.Array) -> jax.Array:
@@ -305,14 +366,14 @@ def _exact_diag(product: Callable[[PyTree], PyTree], params: PyTree, batch_size:
             basis = [jnp.zeros_like(other) for other in tree.leaves]
             basis[position] = basis[position].at[where].set(unit)
             column = jax.tree.leaves(product(tree.treedef.unflatten(basis)))[position]
-            return wide(column[where])
+            return widen(column[where])
 
         def entries(unit: complex) -> jax.Array:
             indices = jnp.arange(leaf.size)
             found = jax.lax.map(lambda i: entry(i, unit), indices, batch_size=batch_size)
             return found.reshape(leaf.shape)
 
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.size == 0:
+        if not is_inexact(leaf) or leaf.size == 0:
             return _wide_real(jnp.zeros_like(leaf))
         if jnp.iscomplexobj(leaf):
             return jax.lax.complex(jnp.real(entries(1)), -jnp.imag(entries(1j)))
@@ -325,7 +386,7 @@ def _wide_real(leaf: jax.Array) -> jax.Array:
     """A leaf as real numbers in float32 or wider, a complex one with a last axis of two."""
     if jnp.iscomplexobj(leaf):
         return jnp.stack([jnp.real(leaf), jnp.imag(leaf)], axis=-1)
-    return wide(leaf)
+    return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _as_leaf(leaf: jax.Array, real: jax.Array) -> jax.Array:

@@ -1,15 +1,13 @@
 r"""Losses that are convex in a network's outputs, with the Hessian that they have there.
 
-The loss of a batch is the mean over examples of $\ell(f_n, y_n)$, where the last axis
-of ``outputs`` holds one example's outputs $f_n$ and all axes before it count examples.
-Its Hessian in the outputs is block-diagonal, and each block is analytic here:
+A loss is that of one example, $\ell(f_n, y_n)$ with the outputs $f_n$ of shape ``(C,)``. The
+Hessians of the two named ones in the outputs, and a factor $B$ of each, are analytic:
 
 * softmax cross-entropy: $\operatorname{diag}(p) - p p^T = B B^T$ with
   $B = \operatorname{diag}(\sqrt p)\,(I - \sqrt p \sqrt p^T)$;
 * squared error $\frac12 \|f_n - y_n\|^2$: the identity.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +25,18 @@ class OutputLoss(NamedTuple):
         output Hessian.
       is_likelihood: whether the loss is the negative log-likelihood of an exponential
         family in its natural parameters. Then the Gauss-Newton matrix is the Fisher matrix.
+      takes_labels: whether integer targets are labels of classes, which are then refused
+        unless they are in ``[0, C)``.
+      has_dense_factor: whether ``hessian_factor_vp`` builds a ``(C, C)`` matrix, so that examples
+        are taken in groups where those of all of them would not fit.
     """
 
     value: Callable[[jax.Array, Any], jax.Array]
     hessian_vp: Callable[[jax.Array, Any, jax.Array], jax.Array]
     hessian_factor_vp: Callable[[jax.Array, Any, jax.Array], jax.Array]
     is_likelihood: bool = False
+    takes_labels: bool = False
+    has_dense_factor: bool = False
 
 
 def convex_loss(
@@ -42,7 +46,9 @@ def convex_loss(
 
     Hessian products are one ``jvp`` of the gradient. The factor $B$ is the symmetric
     square root of the dense $C \times C$ Hessian of an example, for which an
-    eigenvalue below zero counts as zero; it costs $O(C^3)$ an example.
+    eigenvalue below zero counts as zero; it costs $O(C^3)$ an example. For cross-entropy over
+    a large vocabulary use `curvax.softmax_cross_entropy`, whose factor costs $O(C)$, with
+    `curvax.WeightedTargets` where tokens are masked.
 
     Args:
       example_loss: ``(outputs, target) -> scalar`` with ``outputs`` of shape ``(C,)``,
@@ -69,14 +75,22 @@ def convex_loss(
         values, vectors = jnp.linalg.eigh(hessian)
         return vectors @ (jnp.sqrt(jnp.maximum(values, 0)) * (vectors.T @ noise))
 
-    return OutputLoss(example_loss, hessian_vp, hessian_factor_vp, is_likelihood)
+    return OutputLoss(
+        example_loss, hessian_vp, hessian_factor_vp, is_likelihood, has_dense_factor=True
+    )
 
 
 def _cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     log_probs = jax.nn.log_softmax(logits)
     if jnp.issubdtype(jnp.result_type(target), jnp.integer):
-        return -log_probs[target]
+        # Under jit a label out of range cannot be refused: value and gradient are NaN then.
+        inside = (target >= 0) & (target < logits.size)
+        return -log_probs[target] * jnp.where(inside, 1, jnp.nan).astype(logits.dtype)
     return -jnp.sum(target * log_probs)
+
+
+# Both products are written without a parenthesis: XLA's CPU backend of jaxlib 0.10 computes
+# p * (t - sum(p * t)) wrongly for many vectors t beside one p.
 
 
 def _cross_entropy_hessian_vp(
@@ -84,13 +98,13 @@ def _cross_entropy_hessian_vp(
 ) -> jax.Array:
     del target
     probs = jax.nn.softmax(logits)
-    return probs * (tangent - jnp.sum(probs * tangent))
+    return probs * tangent - probs * jnp.sum(probs * tangent)
 
 
 def _cross_entropy_factor_vp(logits: jax.Array, target: jax.Array, noise: jax.Array) -> jax.Array:
     del target
     roots = jnp.sqrt(jax.nn.softmax(logits))
-    return roots * (noise - roots * jnp.sum(roots * noise))
+    return roots * noise - jnp.square(roots) * jnp.sum(roots * noise)
 
 
 def _half_squared_error(outputs: jax.Array, target: jax.Array) -> jax.Array:
@@ -104,57 +118,14 @@ def _identity(outputs: jax.Array, target: jax.Array, tangent: jax.Array) -> jax.
 
 # Targets that are probabilities must sum to one, as labels do.
 softmax_cross_entropy = OutputLoss(
-    _cross_entropy, _cross_entropy_hessian_vp, _cross_entropy_factor_vp, is_likelihood=True
+    _cross_entropy,
+    _cross_entropy_hessian_vp,
+    _cross_entropy_factor_vp,
+    is_likelihood=True,
+    takes_labels=True,
 )
+"""Cross-entropy of softmax probabilities, with integer labels or probabilities as targets."""
 squared_error = OutputLoss(_half_squared_error, _identity, _identity, is_likelihood=True)
+r"""Half the squared error, $\frac12 \|f_n - y_n\|^2$, with targets of the outputs' shape."""
 
 LOSSES = {"softmax_cross_entropy": softmax_cross_entropy, "squared_error": squared_error}
-
-
-class BatchLoss(NamedTuple):
-    """The mean of a loss over a batch's examples, and its derivatives in the outputs."""
-
-    loss: OutputLoss
-    targets: Any
-    batch_shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, loss: Any, outputs: jax.Array, targets: Any) -> "BatchLoss":
-        if jnp.ndim(outputs) == 0:
-            raise ValueError("the network's outputs must have an axis of outputs, got a scalar.")
-        batch_shape = outputs.shape[:-1]
-        for target in jax.tree.leaves(targets):
-            if jnp.shape(target)[: len(batch_shape)] != batch_shape:
-                raise ValueError(
-                    f"targets must have the outputs' leading axes {batch_shape}, got shape "
-                    f"{jnp.shape(target)}."
-                )
-        return cls(loss, targets, batch_shape)
-
-    def over_examples(self, fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        for _ in self.batch_shape:
-            fun = jax.vmap(fun)
-        return fun
-
-    @property
-    def num_examples(self) -> int:
-        return math.prod(self.batch_shape)
-
-    def value(self, outputs: jax.Array) -> jax.Array:
-        return jnp.mean(self.over_examples(self.loss.value)(outputs, self.targets))
-
-    def hessian_vp(self, outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-        product = self.over_examples(self.loss.hessian_vp)
-        return product(outputs, self.targets, tangent) / self.num_examples
-
-    def hessian_factor_vp(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
-        product = self.over_examples(self.loss.hessian_factor_vp)
-        return product(outputs, self.targets, noise) / math.sqrt(self.num_examples)
-
-    def empirical_vp(self, outputs: jax.Array, tangent: jax.Array) -> jax.Array:
-        def example(output: jax.Array, target: Any, direction: jax.Array) -> jax.Array:
-            residual = jax.grad(self.loss.value)(output, target)
-            return residual * jnp.sum(residual * direction)
-
-        product = self.over_examples(example)
-        return product(outputs, self.targets, tangent) / self.num_examples

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice
+from curvax._trees import PyTree, is_inexact
 
-PyTree = Any
 Distribution = Literal["rademacher", "normal"]
 
 
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
     """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
+    # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not move
+    # the conversion behind the collective, and where a weight will be gathered is not known here.
     bits = jax.random.bits(key, shape, jnp.uint8, out_sharding=out_sharding)
     return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
 
@@ -70,7 +72,7 @@ def random_probe(
 
 def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Array:
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not is_inexact(leaf):
         return jnp.zeros_like(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jax.lax.complex(

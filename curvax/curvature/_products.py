@@ -15,54 +15,22 @@ bool leaves of ``params`` take no part: their gradients and products are zeros.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, check_like, checked_loss
+from curvax._checks import check_choice, check_keywords, check_like, scalar_loss
+from curvax._trees import Differentiable, Leaves, PyTree, tree_norm, widen
+from curvax.curvature._modes import MODES, Mode, check_graph, explained, through_graph
 
-PyTree = Any
-Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
-Leaves = list[jax.Array]
+__all__ = ["Mode", "hvp", "linearized_hvp", "value_grad_and_hvp"]
+
 # (loss of leaves, leaves, tangents) -> value, aux, gradient leaves, product leaves
 OnePass = Callable[
     [Callable[[Leaves], tuple[jax.Array, Any]], Leaves, Leaves],
     tuple[jax.Array, Any, Leaves, Leaves],
 ]
-
-
-class Differentiable(NamedTuple):
-    """The real and complex leaves of a tree, and the way back to the whole tree."""
-
-    treedef: Any
-    leaves: tuple[jax.Array, ...]
-    chosen: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, params: PyTree) -> "Differentiable":
-        flat, treedef = jax.tree.flatten(params)
-        leaves = tuple(jnp.asarray(leaf) for leaf in flat)
-        chosen = tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
-        return cls(treedef, leaves, chosen)
-
-    def select(self, leaves: Any) -> Leaves:
-        """The entries of ``leaves``, one a leaf of the tree, that are differentiated."""
-        return [leaf for leaf, keep in zip(leaves, self.chosen, strict=True) if keep]
-
-    def params(self, selected: Leaves) -> PyTree:
-        """The tree with ``selected`` in place of the differentiated leaves."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(next(rest) if keep else leaf for leaf, keep in pairs)
-
-    def tangent(self, selected: Leaves) -> PyTree:
-        """The tree with ``selected`` where differentiated and zeros elsewhere."""
-        rest = iter(selected)
-        pairs = zip(self.leaves, self.chosen, strict=True)
-        return self.treedef.unflatten(
-            next(rest) if keep else jnp.zeros_like(leaf) for leaf, keep in pairs
-        )
 
 
 def value_grad_and_hvp(
@@ -100,8 +68,8 @@ def value_grad_and_hvp(
       conjugate of the direction of steepest ascent.
 
     Raises:
-      ValueError: on an unknown ``mode``, a tangent that does not match ``params``, or a
-        loss that is not a real scalar.
+      ValueError: on an unknown ``mode``, one that an operation of the loss does not allow, a
+        tangent that does not match ``params``, or a loss that is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -117,7 +85,8 @@ def value_grad_and_hvp(
       Pearlmutter, [Fast exact multiplication by the
       Hessian](https://doi.org/10.1162/neco.1994.6.1.147), 1994.
     """
-    check_choice("mode", mode, tuple(_ONE_PASS))
+    check_choice("mode", mode, MODES)
+    check_keywords("value_grad_and_hvp", fun, ("tangent",))
     one_pass = _ONE_PASS[mode]
 
     def value_grad_and_product(
@@ -128,7 +97,8 @@ def value_grad_and_hvp(
         leaves = tree.select(tree.leaves)
         tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
         loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
-        value, aux, grads, product = one_pass(loss, leaves, tangents)
+        with explained(mode):
+            value, aux, grads, product = one_pass(loss, leaves, tangents)
         return (
             (value, aux) if has_aux else value,
             tree.tangent(grads),
@@ -171,6 +141,7 @@ def hvp(
       >>> curvax.hvp(lambda x: x @ matrix @ x / 2, jnp.ones(2), jnp.array([1.0, 0.0]))
       Array([2., 1.], dtype=float32)
     """
+    check_keywords("hvp", fun, _RESERVED)
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
     return one_pass(params, tangent, *args, **kwargs)[2]
 
@@ -211,7 +182,8 @@ def linearized_hvp(
       Array([[ 6.,  0.],
              [ 0., 12.]], dtype=float32)
     """
-    check_choice("mode", mode, tuple(_ONE_PASS))
+    check_choice("mode", mode, MODES)
+    check_keywords("linearized_hvp", fun, _RESERVED)
     tree = Differentiable.of(params)
     loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
     leaves = tree.select(tree.leaves)
@@ -219,10 +191,12 @@ def linearized_hvp(
     def gradient(point: Leaves) -> Leaves:
         return jax.grad(loss, has_aux=True)(point)[0]
 
-    if mode == "forward_over_reverse":
-        pushforward = jax.linearize(gradient, leaves)[1]
-    elif mode == "reverse_over_reverse":
-        pullback = jax.vjp(gradient, leaves)[1]
+    with explained(mode):
+        if mode == "forward_over_reverse":
+            pushforward = jax.linearize(gradient, leaves)[1]
+            check_graph(jax.make_jaxpr(pushforward)(leaves).jaxpr)
+        elif mode == "reverse_over_reverse":
+            pullback = jax.vjp(gradient, leaves)[1]
 
     def product(tangent: PyTree) -> PyTree:
         check_like("tangent", tangent, params)
@@ -251,7 +225,7 @@ def loss_of_leaves(
     has_aux: bool,
 ) -> Callable[[Leaves], tuple[jax.Array, Any]]:
     """The checked loss and aux as a function of the differentiated leaves alone."""
-    loss = checked_loss(fun, has_aux)
+    loss = scalar_loss(fun, has_aux)
     return lambda leaves: loss(tree.params(leaves), *args, **kwargs)
 
 
@@ -262,9 +236,10 @@ def _forward_over_reverse(
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(point)
         return (value, grads), aux
 
-    (value, grads), (_, product), aux = jax.jvp(
-        value_and_grad, (leaves,), (tangents,), has_aux=True
-    )
+    def of_tangents(leaves: Leaves, tangents: Leaves) -> Any:
+        return jax.jvp(value_and_grad, (leaves,), (tangents,), has_aux=True)
+
+    (value, grads), (_, product), aux = through_graph(of_tangents, leaves, tangents)
     return value, aux, grads, product
 
 
@@ -307,21 +282,12 @@ def _difference_step(leaves: Leaves, tangents: Leaves) -> jax.Array:
     if not leaves:
         return jnp.ones(())
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
-    size, length = _norm(leaves), _norm(tangents)
+    size, length = (tree_norm([jnp.abs(widen(x)) for x in xs]) for xs in (leaves, tangents))
     ratio = jnp.where(size > 0, size, 1.0) / jnp.where(length > 0, length, 1.0)
     return eps ** (1 / 3) * ratio
 
 
-def _norm(leaves: Leaves) -> jax.Array:
-    squares = (jnp.sum(jnp.square(jnp.abs(wide(leaf)))) for leaf in leaves)
-    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
-
-
-def wide(leaf: jax.Array) -> jax.Array:
-    """The leaf in float32 or wider, for sums and squares."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
+_RESERVED = ("tangent", "has_aux", "mode")
 _ONE_PASS: dict[str, OnePass] = {
     "forward_over_reverse": _forward_over_reverse,
     "reverse_over_reverse": _reverse_over_reverse,

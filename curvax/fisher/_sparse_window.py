@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from curvax._trees import PyTree
 from curvax.fisher._blocks import Blocks
 from curvax.fisher._window import (
     insert_row,
@@ -24,7 +25,6 @@ from curvax.fisher._window import (
     takes_part,
 )
 
-PyTree = Any
 Pairs = list[tuple[jax.Array, jax.Array]]  # values and positions of each leaf
 
 

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, check_like, check_range, path_name
+from curvax._checks import check_choice, check_count, check_like, check_range
+from curvax._trees import PyTree, path_name
 from curvax.fisher._block_inverse import BlockInverse
 from curvax.fisher._columns import Columns
 from curvax.fisher._full_inverse import FullInverse
-
-PyTree = Any
 
 SCOPES = ("tree", "leaf")
 

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from curvax._trees import PyTree, is_inexact, wide_dtype
 from curvax.fisher._cholesky import HIGHEST
-
-PyTree = Any
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
 _SMALL = 1024  # a leaf of fewer entries is summed as a whole
@@ -80,18 +79,7 @@ class DenseWindow(NamedTuple):
 
 def takes_part(leaf: Any) -> bool:
     """Whether a leaf of params has gradients to keep: integers and empty leaves have none."""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size > 0
-
-
-def widened(leaf: jax.Array) -> jax.Array:
-    """The leaf in float32 or wider; integers as they are."""
-    return leaf.astype(wide_dtype(leaf))
-
-
-def wide_dtype(leaf: Any) -> Any:
-    """Float32 or wider for real leaves; an integer's own dtype."""
-    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return jnp.promote_types(leaf.dtype, jnp.float32) if real else leaf.dtype
+    return is_inexact(leaf) and leaf.size > 0
 
 
 def row_dtype(leaf: Any, dtype: Any | None) -> Any:

@@ -9,7 +9,7 @@ from curvax.optimizers._adahessian import (
     adahessian,
     scale_by_adahessian,
 )
-from curvax.optimizers._averaging import Block
+from curvax.optimizers._averaging import Block, averaging_table
 from curvax.optimizers._curvature_input import merge_masked
 from curvax.optimizers._hutchinson_estimator import (
     HutchinsonEstimatorState,
@@ -28,6 +28,7 @@ __all__ = [
     "ScaleByMfacState",
     "accumulate_hessian_diag",
     "adahessian",
+    "averaging_table",
     "hutchinson_estimator",
     "merge_masked",
     "mfac",

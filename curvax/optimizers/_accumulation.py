@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_count
-from curvax.curvature._products import wide
-
-PyTree = Any
+from curvax._trees import widen
 
 
 class AccumulateHessianDiagState(NamedTuple):
@@ -76,7 +74,7 @@ def accumulate_hessian_diag(every_k: int) -> optax.GradientTransformationExtraAr
     check_count("every_k", every_k)
 
     def init(params: optax.Params) -> AccumulateHessianDiagState:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
         return AccumulateHessianDiagState(jnp.zeros((), jnp.int32), zeros)
 
     def update(

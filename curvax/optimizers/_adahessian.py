@@ -13,8 +13,8 @@ $$
 
 Where this differs from the paper and the published code, and why:
 
-* Flax layouts: the spatial axes of a convolution kernel are all but its last two
-  (`curvax.optimizers._averaging`).
+* Layouts: the spatial axes of a convolution kernel are the first ones in Flax, the last ones in
+  Equinox and PyTorch (`curvax._layouts`).
 * A refresh interval $n$ weighs a new $D$ with $1 - \beta_2^n$. That equals
   feeding the same $D$ at each of the $n$ steps, as the published delayed variant
   does, at the end of each cycle, and needs no cached copy.
@@ -33,12 +33,13 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_count, check_range, check_real
+from curvax._layouts import Layout
+from curvax._trees import PyTree, is_inexact, part_like, wide_dtype, widest_dtype
 from curvax.curvature._from_state import check_refresh, is_due, step_key
 from curvax.curvature._probes import Distribution
 from curvax.optimizers._averaging import Rule, average_curvature, check_averaging
-from curvax.optimizers._curvature_input import curvature_of_function, leaves_of_updates
+from curvax.optimizers._curvature_input import curvature_of_function
 
-PyTree = Any
 Scalar = jax.typing.ArrayLike
 
 
@@ -69,6 +70,7 @@ def scale_by_adahessian(
     hessian_power: Scalar = 1.0,
     *,
     averaging: str | Rule = "conv",
+    layout: Layout = "auto",
     update_interval: Scalar = 1,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
@@ -87,6 +89,7 @@ def scale_by_adahessian(
       eps: added to the denominator, outside root and power; positive.
       hessian_power: the power $k$ of the curvature, in [0, 1].
       averaging: which entries of a kernel share one curvature value.
+      layout: what the axes of the leaves are.
       update_interval: steps from one refresh of the curvature to the next.
       num_probes: probes averaged when curvature is computed from ``obj_fn``.
       distribution: ``"rademacher"`` or ``"normal"``, likewise.
@@ -121,7 +124,7 @@ def scale_by_adahessian(
     check_range("b2", b2, low=0, high=1, open_high=True)
     check_range("eps", eps, low=0, open_low=True)
     check_range("hessian_power", hessian_power, low=0, high=1)
-    check_averaging(averaging)
+    check_averaging(averaging, layout)
     check_count("update_interval", update_interval)
     check_count("num_probes", num_probes)
     check_choice("distribution", distribution, ("rademacher", "normal"))
@@ -138,8 +141,8 @@ def scale_by_adahessian(
             # A copy: handing out the caller's array would let donation delete it.
             key=jax.random.key(0) if key is None else jnp.copy(key),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_mu_dtype(p, mu_dtype)), params),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide_dtype(p)), params),
-            nu_weight=jnp.zeros((), _widest_dtype(params)),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
+            nu_weight=jnp.zeros((), widest_dtype(params)),
         )
 
     def update(
@@ -159,7 +162,7 @@ def scale_by_adahessian(
         if refresh is not False:
             due = is_due(state) if refresh is None else jnp.asarray(True)
             if hessian_diag is not None:
-                diag = leaves_of_updates(hessian_diag, updates)
+                diag = part_like(hessian_diag, updates, name="hessian_diag")
             else:
                 diag = curvature_of_function(
                     obj_fn if obj_fn is not None else value_fn,
@@ -169,7 +172,7 @@ def scale_by_adahessian(
                     distribution=distribution,
                     due=None if refresh or _always(update_interval) else due,
                 )
-            squares = _squared_curvature(averaging, diag, nu)
+            squares = _squared_curvature(averaging, layout, diag, nu)
             nu, weight = _fold_in(squares, nu, weight, due, b2, update_interval)
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: _average(g, m, b1), updates, state.mu)
@@ -200,6 +203,7 @@ def adahessian(
     hessian_power: Scalar = 1.0,
     *,
     averaging: str | Rule = "conv",
+    layout: Layout = "auto",
     update_interval: Scalar = 1,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
@@ -253,6 +257,11 @@ def adahessian(
           shape, that returns a tuple of axes or a `curvax.Block`. (Name it in the
           ``static_args`` of ``optax.inject_hyperparams``, which takes a callable for a
           schedule.)
+      layout: what a preset takes the axes of a leaf for: ``"auto"``, ``"flax"``,
+        ``"out_first"`` (Equinox, PyTorch), ``"haiku"``, a mapping of patterns of paths
+        (``re.search``) to layouts, ``{"encoder/.*kernel": "LHWIO"}`` (`curvax.KernelLayout`), or
+        a function ``(path, shape) -> layout``, likewise in ``static_args``.
+        `curvax.averaging_table` shows what comes of it.
       update_interval: steps $n$ from one refresh of the curvature to the next. Its
         weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step.
       num_probes: probes averaged when curvature is computed from ``obj_fn``. More of them
@@ -303,6 +312,7 @@ def adahessian(
             eps=eps,
             hessian_power=hessian_power,
             averaging=averaging,
+            layout=layout,
             update_interval=update_interval,
             num_probes=num_probes,
             distribution=distribution,
@@ -315,10 +325,10 @@ def adahessian(
     )
 
 
-def _squared_curvature(averaging: str | Rule, diag: PyTree, nu: PyTree) -> PyTree:
+def _squared_curvature(averaging: str | Rule, layout: Layout, diag: PyTree, nu: PyTree) -> PyTree:
     """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
     diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
-    return jax.tree.map(jnp.square, average_curvature(averaging, diag))
+    return jax.tree.map(jnp.square, average_curvature(averaging, diag, layout))
 
 
 def _fold_in(
@@ -344,9 +354,9 @@ def _fold_in(
 
 def _average(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
     """``m`` of Algorithm 1, in float32 or wider; integers stay as they are."""
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
+    if not is_inexact(mean):
         return mean
-    dtype = jnp.promote_types(_wide_dtype(gradient), mean.dtype)
+    dtype = jnp.promote_types(wide_dtype(gradient), mean.dtype)
     decay = jnp.asarray(b1, dtype)
     return decay * mean.astype(dtype) + (1 - decay) * gradient.astype(dtype)
 
@@ -361,7 +371,7 @@ def _step(
     clip_threshold: Scalar | None,
 ) -> jax.Array:
     """The update of Algorithm 1, in float32 or wider; zero while there is no curvature."""
-    if not jnp.issubdtype(mean.dtype, jnp.inexact):
+    if not is_inexact(mean):
         return jnp.zeros_like(mean)
     known = square_weight > 0
     corrected = square / jnp.where(known, square_weight, 1).astype(square.dtype)
@@ -396,14 +406,4 @@ def _check_b2_precision(b2: Scalar) -> None:
 
 
 def _mu_dtype(leaf: Any, mu_dtype: Any | None) -> Any:
-    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return mu_dtype if mu_dtype is not None and real else leaf.dtype
-
-
-def _wide_dtype(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
-def _widest_dtype(params: PyTree) -> Any:
-    dtypes = [_wide_dtype(leaf) for leaf in jax.tree.leaves(params)]
-    return jnp.result_type(jnp.float32, *dtypes)
+    return mu_dtype if mu_dtype is not None and is_inexact(leaf) else leaf.dtype

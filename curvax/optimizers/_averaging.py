@@ -1,10 +1,10 @@
 """Which entries of a kernel share one curvature value.
 
 AdaHessian averages its noisy diagonal over entries that should curve alike. Which ones those
-are depends on the layout: Flax keeps convolution kernels as (spatial axes, in, out), where
-PyTorch has (out, in, spatial axes), and dense kernels as (in, out). A rule looks at a leaf's
-path and shape and returns the axes to average over, or a `Block` of consecutive entries of
-one axis. No rule crosses from one axis into another, so a sharded kernel is never gathered.
+are depends on the layout of a leaf (`curvax._layouts`): the spatial axes of a convolution, the
+fan-in of a matrix, never a stacked axis. A rule returns the axes to average over, or a `Block` of
+consecutive entries of one axis. No rule crosses from one axis into another, so a sharded kernel
+is never gathered.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice, path_name
+from curvax._checks import check_choice
+from curvax._layouts import Axes, KernelLayout, Layout, check_layout, kernel_layout
+from curvax._trees import PyTree, named_leaves, path_name
 
 
 class Block(NamedTuple):
@@ -29,69 +31,53 @@ class Block(NamedTuple):
     axis: int = 0
 
 
-Axes = tuple[int, ...]
 Rule = Callable[[str, tuple[int, ...]], Axes | Block]
 
-# Attention projections have kernels (in, heads, head_dim), whose rank is a convolution's.
-_PROJECTIONS = {"query", "key", "value", "qkv"}
+
+def _conv_axes(layout: KernelLayout) -> Axes:
+    """The spatial axes of a convolution kernel; nothing elsewhere."""
+    return layout.spatial
 
 
-def _is_conv(path: str, shape: tuple[int, ...]) -> bool:
-    names = path.lower().split("/")
-    if len(shape) < 3:
-        return False
-    if any("conv" in name for name in names):
-        return True
-    attention = any("attention" in name or "attn" in name for name in names)
-    return len(shape) > 3 and not attention and _PROJECTIONS.isdisjoint(names)
-
-
-def conv_axes(path: str, shape: tuple[int, ...]) -> Axes:
-    """The spatial axes of a convolution kernel, all but the last two; nothing elsewhere.
-
-    A leaf of rank 4 or more counts as a convolution's unless its path names attention; one
-    of rank 3 only if its path says ``conv``.
-    """
-    return tuple(range(len(shape) - 2)) if _is_conv(path, shape) else ()
-
-
-def _fan_in_axis(path: str) -> int:
-    """The axis that feeds one output unit: axis 0 of a kernel, one token's vector in a table."""
-    return 1 if "embed" in path.lower().split("/")[-1] else 0
-
-
-def row_axes(path: str, shape: tuple[int, ...]) -> Axes:
+def _row_axes(layout: KernelLayout) -> Axes:
     """The whole fan-in of an output unit for matrices, spatial axes for convolutions."""
-    return (_fan_in_axis(path),) if len(shape) == 2 else conv_axes(path, shape)
+    return layout.fan_in if _is_matrix(layout) else layout.spatial
 
 
-def block_axes(path: str, shape: tuple[int, ...]) -> Axes | Block:
+def _block_axes(layout: KernelLayout) -> Axes | Block:
     """Blocks of 32 along the fan-in of matrices; nothing elsewhere."""
-    return Block(32, _fan_in_axis(path)) if len(shape) == 2 else ()
+    return Block(32, layout.fan_in[0]) if _is_matrix(layout) else ()
 
 
-def no_axes(path: str, shape: tuple[int, ...]) -> Axes:
+def _no_axes(layout: KernelLayout) -> Axes:
     """Nothing is averaged."""
-    del path, shape
+    del layout
     return ()
 
 
-PRESETS: dict[str, Rule] = {
-    "conv": conv_axes,
-    "row": row_axes,
-    "block": block_axes,
-    "none": no_axes,
-    "paper": conv_axes,
+def _is_matrix(layout: KernelLayout) -> bool:
+    """Whether each member of a stack is a matrix."""
+    plain = not layout.spatial and not layout.unknown
+    return plain and len(layout.fan_in) == len(layout.fan_out) == 1
+
+
+PRESETS: dict[str, Callable[[KernelLayout], Axes | Block]] = {
+    "conv": _conv_axes,
+    "row": _row_axes,
+    "block": _block_axes,
+    "none": _no_axes,
+    "paper": _conv_axes,
 }
 
 
-def check_averaging(averaging: str | Rule) -> None:
-    """Raises unless ``averaging`` is a preset's name or a callable."""
+def check_averaging(averaging: str | Rule, layout: Layout = "auto") -> None:
+    """Raises unless ``averaging`` is a preset's name or a callable, and ``layout`` a layout."""
     if not callable(averaging):
         check_choice("averaging", averaging, (*PRESETS, "a function of path and shape"))
+    check_layout(layout)
 
 
-def average_curvature(averaging: str | Rule, diag: Any) -> Any:
+def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto") -> Any:
     r"""Averages a signed diagonal as ``averaging`` says; the result is only used squared.
 
     $$
@@ -104,16 +90,15 @@ def average_curvature(averaging: str | Rule, diag: Any) -> Any:
     Args:
       averaging: the name of a preset or a function ``(path, shape) -> axes or Block``.
       diag: a tree of real arrays.
+      layout: what a preset takes the axes of leaves for.
 
     Returns:
       A tree like ``diag`` in which entries that share a value are equal.
     """
-    rule = averaging if callable(averaging) else PRESETS[averaging]
     signed = averaging == "paper"
 
     def leaf(path: tuple[Any, ...], values: jax.Array) -> jax.Array:
-        name = path_name(path)
-        share = _checked(rule(name, values.shape), name, values.shape)
+        share = _share(averaging, path_name(path), values.shape, layout)
         values = values if signed else jnp.abs(values)
         if isinstance(share, Block):
             return _block_mean(values, share)
@@ -122,6 +107,63 @@ def average_curvature(averaging: str | Rule, diag: Any) -> Any:
         return jnp.broadcast_to(jnp.mean(values, axis=share, keepdims=True), values.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, diag)
+
+
+def averaging_table(
+    params: PyTree, averaging: str | Rule = "conv", *, layout: Layout = "auto"
+) -> str:
+    """What AdaHessian averages in each leaf, to look at before a run.
+
+    Args:
+      params: a tree of arrays or ``jax.ShapeDtypeStruct``.
+      averaging: as `curvax.adahessian` takes it.
+      layout: as `curvax.adahessian` takes it.
+
+    Returns:
+      A table to print: path, shape, the layout in the letters of
+      `KernelLayout.from_letters` (``-`` for what is no kernel), and the axes averaged over.
+
+    Raises:
+      ValueError: if ``averaging`` or ``layout`` is none, or does not fit a leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import curvax
+      >>> params = {
+      ...     "Conv_0": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)},
+      ...     "mix": {"kernel": jnp.ones((6, 4, 8))},
+      ... }
+      >>> print(curvax.averaging_table(params))
+      path          shape         layout  averaged
+      Conv_0/bias   (8,)          -       -
+      Conv_0/kernel (3, 3, 4, 8)  HWIO    (0, 1)
+      mix/kernel    (6, 4, 8)     ???     -
+      >>> print(curvax.averaging_table(params, "row", layout={"mix/kernel": "LIO"}))
+      path          shape         layout  averaged
+      Conv_0/bias   (8,)          -       -
+      Conv_0/kernel (3, 3, 4, 8)  HWIO    (0, 1)
+      mix/kernel    (6, 4, 8)     LIO     (1,)
+    """
+    check_averaging(averaging, layout)
+    rows = [("path", "shape", "layout", "averaged")]
+    for name, leaf in named_leaves(params):
+        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        found = kernel_layout(name, shape, layout)
+        share = _share(averaging, name, shape, layout)
+        rows.append((name, str(shape), found.letters if found else "-", str(share or "-")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _share(
+    averaging: str | Rule, name: str, shape: tuple[int, ...], layout: Layout
+) -> Axes | Block:
+    """The axes of a leaf to average over, checked."""
+    if callable(averaging):
+        return _checked(averaging(name, shape), name, shape)
+    found = kernel_layout(name, shape, layout)
+    return PRESETS[averaging](found) if found else ()
 
 
 def _checked(share: Any, name: str, shape: tuple[int, ...]) -> Axes | Block:

@@ -1,61 +1,15 @@
 """How a diagonal reaches an optimizer: handed over as a tree, or computed from a function."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from curvax._checks import is_traced, path_name
+from curvax._checks import is_traced
+from curvax._trees import PyTree, has_holes, is_hole, widen
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution, random_probe, times_probe
-from curvax.curvature._products import linearized_hvp, wide
-
-PyTree = Any
-
-
-def is_hole(node: Any) -> bool:
-    """Whether ``node`` is what ``optax.masked`` and ``optax.partition`` leave of a leaf."""
-    return isinstance(node, optax.MaskedNode)
-
-
-def leaves_of_updates(tree: PyTree, updates: PyTree, *, name: str = "hessian_diag") -> PyTree:
-    """The part of ``tree``, named ``name``, that belongs to ``updates``.
-
-    Under ``optax.masked`` and ``optax.partition`` the updates have holes, while an extra
-    argument arrives whole: its leaves at the holes are left out. Anything else that differs
-    is an error.
-    """
-    given = dict(jax.tree_util.tree_leaves_with_path(tree))
-    given = {_names(path): leaf for path, leaf in given.items()}
-    entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_hole)
-    holes = [_names(path) for path, node in entries if is_hole(node)]
-    leaves = [
-        node if is_hole(node) else _matching(given.pop(_names(path), None), path, node, name)
-        for path, node in entries
-    ]
-    for names in given:
-        if not any(names[: len(hole)] == hole for hole in holes):
-            raise ValueError(
-                f"{name} must match the gradients: it has a leaf at {'/'.join(names)}, "
-                "where the gradients have none."
-            )
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(path_name((key,)) for key in path)
-
-
-def _matching(leaf: Any, path: tuple[Any, ...], update: jax.Array, name: str) -> Any:
-    found = "no leaf" if leaf is None else f"a leaf of shape {jnp.shape(leaf)}"
-    if leaf is None or jnp.shape(leaf) != jnp.shape(update):
-        raise ValueError(
-            f"{name} must match the gradients: at {path_name(path)} it has {found}, the "
-            f"gradient has shape {jnp.shape(update)}."
-        )
-    return leaf
+from curvax.curvature._products import linearized_hvp
 
 
 def curvature_of_function(
@@ -92,7 +46,7 @@ def curvature_of_function(
             return estimate()
         return jax.lax.cond(due, estimate, lambda: jax.tree.map(jnp.zeros_like, params))
     except Exception as error:
-        if not any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        if not has_holes(params):
             raise
         raise ValueError(
             "obj_fn failed on params with holes, as optax.masked and optax.partition hand them "
@@ -114,9 +68,9 @@ def _mean_of_traced_number(
     def add(index: jax.Array, total: PyTree) -> PyTree:
         probe = random_probe(jax.random.fold_in(key, index), params, distribution)
         sample = times_probe(probe, product(probe))
-        return jax.tree.map(lambda t, s: t + wide(s), total, sample)
+        return jax.tree.map(lambda t, s: t + widen(s), total, sample)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
     total = jax.lax.fori_loop(0, num_probes, add, zeros)
     return jax.tree.map(lambda t, p: (t / num_probes).astype(p.dtype), total, params)
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_count
+from curvax._trees import PyTree, part_like
 from curvax.curvature._probes import Distribution
-from curvax.optimizers._curvature_input import curvature_of_function, leaves_of_updates
-
-PyTree = Any
+from curvax.optimizers._curvature_input import curvature_of_function
 
 
 class HutchinsonEstimatorState(NamedTuple):
@@ -91,7 +90,7 @@ def hutchinson_estimator(
         del extra_args
         new_state = state._replace(refreshes=optax.safe_increment(state.refreshes))
         if hessian_diag is not None:
-            return leaves_of_updates(hessian_diag, updates), new_state
+            return part_like(hessian_diag, updates, name="hessian_diag"), new_state
         diag = curvature_of_function(
             obj_fn if obj_fn is not None else value_fn,
             params,

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from curvax._trees import PyTree
 from curvax.optimizers._shardings import state_shardings
-
-PyTree = Any
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:

@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_like, check_range, check_real, check_size
+from curvax._trees import PyTree, is_inexact, wide_dtype, widen, widest_dtype
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._sparse_window import SparseWindow
-from curvax.fisher._window import DenseWindow, Window, wide_dtype, widened
+from curvax.fisher._window import DenseWindow, Window
 from curvax.optimizers._memory import check_window_memory
 
-PyTree = Any
 Scalar = jax.typing.ArrayLike
 WindowScaling = Literal["nominal", "filled"]
 
@@ -144,7 +144,7 @@ def scale_by_mfac(
         check_real("M-FAC", params)
         shapes = jax.eval_shape(empty_window, params)
         check_window_memory(shapes, params, num_grads=num_grads, density=density)
-        dtype = _gram_dtype(params)
+        dtype = widest_dtype(params)
         count = jnp.zeros((), jnp.int32)
         damping_now, normalizer = scales(count, dtype)
         return ScaleByMfacState(
@@ -308,7 +308,7 @@ def _enter(
     """
     size = len(state.gram)
     slot = state.count % size
-    entering = jax.tree.map(widened, updates)
+    entering = jax.tree.map(widen, updates)
     if state.feedback is not None:
         entering = optax.tree.add(entering, state.feedback)
     row, kept = state.window.compress(entering)
@@ -371,7 +371,7 @@ def _handed_on(update: jax.Array, finite: jax.Array, dtype: Any) -> jax.Array:
 
 def _is_finite(updates: PyTree, dtype: Any) -> jax.Array:
     """Judged on the squared norm, which overflows first and on a mesh is one number a leaf."""
-    leaves = [leaf for leaf in jax.tree.leaves(updates) if _is_real(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
     squares = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
     return jnp.isfinite(sum(squares, start=jnp.zeros((), dtype)))
 
@@ -402,15 +402,6 @@ def _checked_window_dtype(window_dtype: Any | None) -> Any | None:
     window_dtype = jax.dtypes.canonicalize_dtype(window_dtype)
     check_choice("window_dtype", window_dtype.name, ("float32", "bfloat16", "float64"))
     return window_dtype
-
-
-def _gram_dtype(params: PyTree) -> Any:
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if _is_real(leaf)]
-    return jnp.result_type(jnp.float32, *dtypes)
-
-
-def _is_real(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _is_zero(momentum: Scalar) -> bool:

@@ -6,11 +6,9 @@ import jax
 
 from curvax._checks import check_like
 from curvax._find import find_mfac
+from curvax._trees import PyTree, widen
 from curvax.fisher._inverse import solve_damped_gram
-from curvax.fisher._window import widened
 from curvax.optimizers._mfac import ScaleByMfacState, gradient_shapes
-
-PyTree = Any
 
 
 def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
@@ -55,7 +53,7 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
     plain = _of_lists(node)
     leaves, treedef = jax.tree.flatten(vector)
     check_like("the vector", leaves, gradient_shapes(plain))
-    wide_leaves = list(map(widened, leaves))
+    wide_leaves = list(map(widen, leaves))
     gram, damping, normalizer = plain.gram, plain.damping, plain.normalizer
     products = plain.window.dots(wide_leaves, gram.dtype)
     weights = solve_damped_gram(gram, normalizer * damping, products).x

@@ -6,9 +6,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from curvax.optimizers._curvature_input import is_hole
-
-PyTree = Any
+from curvax._trees import PyTree, is_hole
 
 
 def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_count, checked_loss, path_name
+from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._progress import progress_bar
-from curvax.fisher._window import insert_row, stacked_zeros, wide_dtype
+from curvax._trees import Differentiable, PyTree, is_inexact, path_name, wide_dtype, widen
+from curvax.curvature._batches import as_arguments, num_examples, parts
+from curvax.curvature._compiled import compiled_once
+from curvax.fisher._window import insert_row, stacked_zeros
 from curvax.pruning._leaves import check_mask
-
-PyTree = Any
 
 
 def collect_gradients(
@@ -25,11 +26,12 @@ def collect_gradients(
     *,
     per_example: bool = False,
     micro_batch_size: int | None = None,
+    has_aux: bool = False,
     mask: PyTree | None = None,
     storage: str | Path = "device",
     progress: bool = True,
 ) -> PyTree:
-    r"""The gradients of a loss on so many batches, or examples.
+    r"""The gradients of a loss on ``num_grads`` batches, or examples.
 
     The gradient is compiled once and called from the host: the gradients of convolutions run
     several times slower inside a scan on XLA's CPU backend. ``loss_fn`` should be the loss in
@@ -38,11 +40,11 @@ def collect_gradients(
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch. As under ``jax.jit``,
         what it closes over is as in its first call: what changes, such as statistics of batch
-        normalization that are tuned on, belongs into ``batches``.
-      params: the parameters.
-      batches: gives the further arguments of ``loss_fn``, one batch after the other: a tuple of
-        them, or a single one that is no tuple. Arrays in them have the examples along the first
-        axis.
+        normalization that are tuned on, must be in ``batches``.
+      params: the parameters. Integer and bool leaves get zeros.
+      batches: gives the further arguments of ``loss_fn``, one batch after the other: a tuple or
+        list of them, or a single one that is neither. Arrays in them have the examples along the
+        first axis; scalars belong to all examples.
       num_grads: the number of gradients $m$.
       per_example: whether each example counts as a gradient, not each batch. Means over batches,
         as published, are less noisy and cheaper; gradients of examples give a Fisher matrix of
@@ -51,6 +53,7 @@ def collect_gradients(
         over a batch is summed up from such parts of it, and ``per_example`` differentiates so
         many under ``vmap``, by default one after the other. A ``vmap`` takes 0.6 to 0.8 of the
         time, convolutions on a CPU included, for the memory of so many gradients.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
         ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files,
@@ -62,8 +65,9 @@ def collect_gradients(
       A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, float32 or wider.
 
     Raises:
-      ValueError: if the batches end early, a gradient is not finite, ``mask`` does not match, or
-        the loss is not a real scalar.
+      ValueError: if the batches end early, the arrays of a batch that is cut disagree in their
+        first axes, a gradient is not finite, ``mask`` does not match, or the loss is not a real
+        scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +85,10 @@ def collect_gradients(
     check_mask(mask, params)
     if mask is not None:
         mask = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
-    gradients = (_examples if per_example else _means)(loss_fn, params, batches, micro_batch_size)
+    warn_of_batch_stats(params)
+    build = _gradients_of_examples if per_example else _gradient_of_mean
+    gradient = compiled_once(build, loss_fn, has_aux=has_aux)
+    gradients = (_examples if per_example else _means)(gradient, params, batches, micro_batch_size)
     rows, insert = _storage(params, num_grads, storage)
     number = 0
     with progress_bar(num_grads, "gradients", progress) as advance:
@@ -99,87 +106,69 @@ def collect_gradients(
     )
 
 
-def as_arguments(batch: Any) -> tuple[Any, ...]:
-    """The further arguments of a loss: a tuple as it is, anything else by itself."""
-    return tuple(batch) if isinstance(batch, tuple) else (batch,)
-
-
 def _means(
-    loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
+    gradient: Callable[..., PyTree], params: PyTree, batches: Iterable[Any], size: int | None
 ) -> Iterator[PyTree]:
-    """The gradient of each batch's loss, from parts of it where ``size`` says so."""
-    gradient = _gradient_of_mean(loss_fn)
+    """The gradient of each batch's loss, from parts of it where ``size`` is given."""
     for batch in batches:
         arguments = as_arguments(batch)
         if size is None:
-            yield gradient(params, *arguments)
+            yield gradient(params, arguments)
             continue
-        number, total = _num_examples(arguments), None
-        for part, share in _parts(arguments, number, size):
-            scaled = jax.tree.map(
-                lambda g, s=share: s * g.astype(wide_dtype(g)), gradient(params, *part)
-            )
-            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
-        yield total
+        sums, number = None, 0
+        for part, count in parts(arguments, size):
+            scaled = jax.tree.map(lambda g, n=count: n * widen(g), gradient(params, part))
+            sums = scaled if sums is None else jax.tree.map(jnp.add, sums, scaled)
+            number += count
+        yield jax.tree.map(lambda g, n=number: g / n, sums)
 
 
 def _examples(
-    loss_fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], size: int | None
+    gradients: Callable[..., PyTree], params: PyTree, batches: Iterable[Any], size: int | None
 ) -> Iterator[PyTree]:
     """The gradient of the loss on each example, a batch of one."""
-    one, several = _gradients_of_examples(loss_fn)
     for batch in batches:
-        arguments = as_arguments(batch)
-        number = _num_examples(arguments)
-        if size is None or size == 1:
-            for index in range(number):
-                yield one(params, jax.tree.map(lambda x, i=index: x[i], arguments))
-            continue
-        for part, _ in _parts(arguments, number, size):
-            rows = several(params, part)
-            for index in range(_num_examples(part)):
+        for part, count in parts(as_arguments(batch), size or 1):
+            rows = gradients(params, part)
+            for index in range(count):
                 yield jax.tree.map(lambda x, i=index: x[i], rows)
 
 
-# A loss is compiled once, however often gradients of it are collected.
+def _gradient_of_mean(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., PyTree]:
+    return jax.jit(_gradient(loss_fn, has_aux))
 
 
-@functools.lru_cache(maxsize=8)
-def _gradient_of_mean(loss_fn: Callable[..., Any]) -> Callable[..., PyTree]:
-    gradient = jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True)
-    return jax.jit(lambda params, *arguments: gradient(params, *arguments)[0])
+def _gradients_of_examples(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., PyTree]:
+    """The gradients of the examples of a part, under a vmap where it has several."""
+    gradient = _gradient(loss_fn, has_aux)
+
+    @jax.jit
+    def of_part(params: PyTree, part: Any) -> PyTree:
+        if num_examples(part, "") == 1:
+            return jax.tree.map(lambda row: row[jnp.newaxis], gradient(params, part))
+        flat, treedef = jax.tree.flatten(part)
+        axes = [0 if jnp.ndim(x) else None for x in flat]
+
+        def of_one(leaves: list[jax.Array]) -> PyTree:
+            pairs = zip(leaves, axes, strict=True)
+            single = [leaf if axis is None else leaf[jnp.newaxis] for leaf, axis in pairs]
+            return gradient(params, jax.tree.unflatten(treedef, single))
+
+        return jax.vmap(of_one, in_axes=(axes,))(flat)
+
+    return of_part
 
 
-@functools.lru_cache(maxsize=8)
-def _gradients_of_examples(
-    loss_fn: Callable[..., Any],
-) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
-    """The gradient of one example, and of several under a vmap."""
-    gradient = jax.grad(checked_loss(loss_fn, has_aux=False), has_aux=True)
+def _gradient(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., PyTree]:
+    """The gradient of a loss on a batch, with zeros for integer and bool leaves."""
+    loss = scalar_loss(loss_fn, has_aux)
 
-    def of_one(params: PyTree, arguments: Any) -> PyTree:
-        single = jax.tree.map(lambda x: x[jnp.newaxis], arguments)
-        return gradient(params, *single)[0]
+    def gradient(params: PyTree, arguments: tuple[Any, ...]) -> PyTree:
+        tree = Differentiable.of(params)
+        of_leaves = jax.grad(lambda leaves: loss(tree.params(leaves), *arguments)[0])
+        return tree.tangent(of_leaves(tree.select(tree.leaves)))
 
-    return jax.jit(of_one), jax.jit(jax.vmap(of_one, in_axes=(None, 0)))
-
-
-def _num_examples(arguments: Any) -> int:
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(arguments)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            "per_example and micro_batch_size cut batches along the first axis, which must be the "
-            f"examples of every array; got first axes {sorted(sizes)}."
-        )
-    return int(next(iter(sizes))[0])
-
-
-def _parts(arguments: Any, number: int, size: int) -> Iterator[tuple[Any, float]]:
-    """Parts of a batch and their shares of its examples."""
-    for start in range(0, number, size):
-        stop = min(start + size, number)
-        part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], arguments)
-        yield part, (stop - start) / number
+    return gradient
 
 
 @jax.jit
@@ -232,7 +221,9 @@ def _storage(
 
 def _rows_of_zeros(leaf: Any, number: int) -> jax.Array:
     dtype = jax.dtypes.canonicalize_dtype(wide_dtype(leaf))
-    return stacked_zeros(leaf, number, dtype) if leaf.size else jnp.zeros((number, *leaf.shape))
+    if jnp.size(leaf) and is_inexact(leaf):
+        return stacked_zeros(leaf, number, dtype)
+    return jnp.zeros((number, *jnp.shape(leaf)), dtype)
 
 
 def _arrays(

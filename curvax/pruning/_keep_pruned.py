@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.optimizers._curvature_input import is_hole, leaves_of_updates
+from curvax._trees import PyTree, has_holes, is_hole, part_like
 from curvax.pruning._leaves import check_mask
-
-PyTree = Any
 
 
 class KeepPrunedState(NamedTuple):
@@ -101,7 +99,7 @@ def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree)
     """Curvature as a network without the pruned weights has it."""
     masked = dict(extra_args)
     if masked.get("hessian_diag") is not None:
-        diag = leaves_of_updates(masked["hessian_diag"], updates, name="hessian_diag")
+        diag = part_like(masked["hessian_diag"], updates, name="hessian_diag")
         masked["hessian_diag"] = _where_kept(kept, diag)
     for name in ("obj_fn", "value_fn"):
         if masked.get(name) is not None:
@@ -119,7 +117,7 @@ def _of_kept(fun: Any, kept: PyTree) -> Any:
 
 def _present(mask: PyTree, params: PyTree) -> PyTree:
     """The mask with the holes that ``optax.masked`` has left in the params."""
-    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
-        return leaves_of_updates(mask, params, name="mask")
+    if has_holes(params):
+        return part_like(mask, params, name="mask")
     check_mask(mask, params)
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))

@@ -8,21 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_like, path_name
+from curvax._checks import check_like
+from curvax._layouts import KernelLayout, Layout, is_no_kernel, kernel_layout
+from curvax._trees import PyTree, path_name, widen
 
-PyTree = Any
 Predicate = Callable[[str, Any], bool]
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a kernel, as published: neither a bias nor a normalization's scale.
+    """Whether a leaf is a kernel, as published: no bias, no norm's scale, no embedding.
+
+    Names count, not the rank: a bias with an axis for each output and a position embedding are
+    no kernels either.
 
     Args:
       path: the leaf's path, ``layers/0/kernel``.
       leaf: an array.
 
     Returns:
-      True for real leaves of two axes and more whose name is not bias, scale or embedding.
+      True for real leaves of two axes and more that no name calls bias, scale, norm or embedding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -30,9 +34,8 @@ def is_kernel(path: str, leaf: Any) -> bool:
       >>> is_kernel("dense/kernel", jnp.zeros((3, 2))), is_kernel("dense/bias", jnp.zeros(2))
       (True, False)
     """
-    name = path.lower().removesuffix("/value").rpartition("/")[2]  # NNX's states end in value
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return real and jnp.ndim(leaf) >= 2 and name not in {"bias", "scale", "embedding"}
+    return real and jnp.ndim(leaf) >= 2 and not is_no_kernel(path, jnp.ndim(leaf))
 
 
 class Leaf(NamedTuple):
@@ -44,6 +47,7 @@ class Leaf(NamedTuple):
       shape: its shape.
       alive: the flat positions of the weights that are alive.
       weights: their values.
+      layout: what its axes are, None if it is no kernel.
     """
 
     number: int
@@ -51,9 +55,12 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     alive: np.ndarray
     weights: np.ndarray
+    layout: KernelLayout | None
 
 
-def selected_leaves(params: PyTree, mask: PyTree | None, predicate: Predicate) -> list[Leaf]:
+def selected_leaves(
+    params: PyTree, mask: PyTree | None, predicate: Predicate, layout: Layout = "auto"
+) -> list[Leaf]:
     """The leaves that ``predicate`` selects, with what ``mask`` keeps of them."""
     check_mask(mask, params)
     entries = jax.tree_util.tree_leaves_with_path(params)
@@ -67,7 +74,8 @@ def selected_leaves(params: PyTree, mask: PyTree | None, predicate: Predicate) -
             raise ValueError(f"only real weights can be pruned, got {leaf.dtype} at {name}.")
         weights = _wide(leaf).reshape(-1)
         alive = np.arange(leaf.size) if kept is None else np.flatnonzero(np.asarray(kept))
-        leaves.append(Leaf(index, name, leaf.shape, alive, weights[alive]))
+        axes = kernel_layout(name, leaf.shape, layout)
+        leaves.append(Leaf(index, name, leaf.shape, alive, weights[alive], axes))
     if leaves and not any(len(leaf.alive) for leaf in leaves):
         raise ValueError("mask has pruned all weights of the selected leaves: none is left.")
     if not leaves:
@@ -114,4 +122,4 @@ def _columns(rows: Any, leaf: Leaf) -> Any:
 
 def _wide(leaf: Any) -> np.ndarray:
     """The leaf on the host, float32 or wider."""
-    return np.asarray(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+    return np.asarray(widen(leaf))

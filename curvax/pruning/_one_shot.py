@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_count, check_range, path_name
+from curvax._checks import check_count, check_range
+from curvax._trees import PyTree, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
 from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_drop, pools
-
-PyTree = Any
 
 
 def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[float]:
@@ -80,6 +79,7 @@ def prune_one_shot(
     mask: PyTree | None = None,
     per_example: bool = False,
     micro_batch_size: int | None = None,
+    has_aux: bool = False,
     storage: Any = "device",
     progress: bool = True,
     **options: Any,
@@ -103,6 +103,7 @@ def prune_one_shot(
       mask: the weights that are alive.
       per_example: as `collect_gradients` takes it, like the options that follow.
       micro_batch_size: see there.
+      has_aux: see there.
       storage: see there.
       progress: see there.
       **options: the further options of `prune`.
@@ -146,6 +147,7 @@ def prune_one_shot(
                 num_grads,
                 per_example=per_example,
                 micro_batch_size=micro_batch_size,
+                has_aux=has_aux,
                 mask=mask,
                 storage=storage,
                 progress=progress,

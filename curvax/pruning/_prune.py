@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
+from curvax._layouts import Layout, check_layout
+from curvax._trees import PyTree
 from curvax.fisher._static import checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
@@ -21,8 +23,6 @@ from curvax.pruning._scores import (
 from curvax.pruning._selection import Sparsity, check_sparsity, dropped_weights
 from curvax.pruning._structures import NM, Structure, check_structure
 from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
-
-PyTree = Any
 
 METHODS = ("obs", "greedy", "fisher", "magnitude")
 UPDATES = ("joint", "independent", "none")
@@ -41,6 +41,7 @@ def prune(
     predicate: Predicate = is_kernel,
     scope: str = "global",
     structure: Structure | None = None,
+    layout: Layout = "auto",
     damping: float = 1e-5,
     block_size: int | None = None,
     block_scope: str = "tree",
@@ -85,6 +86,7 @@ def prune(
       scope: ``"global"`` compares the scores of all leaves, ``"layer"`` prunes each to its
         sparsity.
       structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
+      layout: what ``structure`` takes the axes of a leaf for, as `curvax.adahessian` takes it.
       damping: $\lambda$.
       block_size: the size of the blocks of $F$; None for the full matrix. Where gradients are far
         fewer than weights, 128 prunes much better at high sparsity.
@@ -118,12 +120,13 @@ def prune(
         update=update,
         scope=scope,
         structure=structure,
+        layout=layout,
         damping=damping,
         block_size=block_size,
         block_scope=block_scope,
     )
     target = explicit_target(sparsity, structure)
-    leaves = selected_leaves(params, mask, predicate)
+    leaves = selected_leaves(params, mask, predicate, layout)
     columns = None
     if grads is not None:
         columns = alive_columns(grads, params, leaves)
@@ -183,6 +186,7 @@ def check_options(
     update: str | None = None,
     scope: str = "global",
     structure: Structure | None = None,
+    layout: Layout = "auto",
     damping: float = 1e-5,
     block_size: int | None = None,
     block_scope: str = "tree",
@@ -196,6 +200,7 @@ def check_options(
         check_choice("update", update, UPDATES)
     check_choice("scope", scope, SCOPES)
     check_structure(structure)
+    check_layout(layout)
     check_range("damping", damping, low=0.0, open_low=True, open_high=True)
     check_choice("block_scope", block_scope, BLOCK_SCOPES)
     if block_size is not None:

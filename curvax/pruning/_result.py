@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from curvax._checks import path_name
-
-PyTree = Any
+from curvax._trees import PyTree, path_name
 
 
 class LayerSparsity(NamedTuple):

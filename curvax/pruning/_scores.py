@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax._trees import wide_dtype
 from curvax.fisher import InverseFisher, inverse_fisher
-from curvax.fisher._window import wide_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._packing import Packing
 

@@ -1,14 +1,13 @@
 """What is removed as a whole: single weights, blocks of them, whole outputs; or N of M kept."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from curvax._checks import check_count
+from curvax._layouts import KernelLayout
 from curvax.pruning._leaves import Leaf
-
-# The axis of a Flax kernel along which inputs are summed: (in, out), (*spatial, in, out).
-FAN_IN = -2
 
 
 class NM(NamedTuple):
@@ -30,7 +29,7 @@ class WeightBlocks(NamedTuple):
 
 
 class OutputUnits(NamedTuple):
-    """All weights of an output, a slice along a kernel's last axis, go together."""
+    """All weights of an output unit go together: a column of a Flax kernel, a row of (out, in)."""
 
 
 Structure = NM | WeightBlocks | OutputUnits
@@ -58,29 +57,48 @@ def unit_numbers(leaf: Leaf, structure: Structure | None) -> np.ndarray:
     """For each alive weight the number of the unit that it belongs to, from 0 on."""
     if structure is None:
         return np.arange(len(leaf.alive))
-    if isinstance(structure, OutputUnits):
-        if not leaf.shape:
-            raise ValueError(f"{structure} needs an axis of outputs, got a scalar at {leaf.path}.")
-        return leaf.alive % leaf.shape[-1]
+    numbers = (
+        _output_numbers(leaf) if isinstance(structure, OutputUnits) else _runs(leaf, structure)
+    )
+    return np.broadcast_to(numbers, leaf.shape).reshape(-1)[leaf.alive]
+
+
+def _output_numbers(leaf: Leaf) -> np.ndarray:
+    """A number for each output of each member of a stack, with axes of length one elsewhere."""
+    if len(leaf.shape) == 1:
+        return np.arange(leaf.shape[0])  # a bias or a scale has an entry for each output
+    layout = _known_layout(leaf, OutputUnits())
+    axes = layout.stacked + layout.fan_out
+    shape = [size if axis in axes else 1 for axis, size in enumerate(leaf.shape)]
+    return np.arange(math.prod(shape)).reshape(shape)
+
+
+def _runs(leaf: Leaf, structure: NM | WeightBlocks) -> np.ndarray:
+    """A number for each run of consecutive weights along the fan-in."""
     length = structure.m if isinstance(structure, NM) else structure.size
-    if len(leaf.shape) < 2 or (len(leaf.shape) == 3 and "conv" not in leaf.path.lower()):
+    axis = _known_layout(leaf, structure).fan_in[-1]
+    runs, rest = divmod(leaf.shape[axis], length)
+    if rest:
         raise ValueError(
-            f"{structure} needs the fan-in's axis, which {leaf.path} of shape {leaf.shape} does "
-            "not tell: kernels of dense layers (fan-in, outputs) and convolutions do; leave the "
-            "leaf out with predicate."
+            f"{structure} needs a fan-in that {length} divides, got {leaf.shape[axis]} at "
+            f"{leaf.path}; leave the leaf out with predicate."
         )
-    fan_in = leaf.shape[FAN_IN]
-    if fan_in % length:
-        raise ValueError(
-            f"{structure} needs a fan-in that {length} divides, got {fan_in} at {leaf.path}; leave "
-            "the leaf out with predicate."
-        )
-    numbers = np.arange(np.prod(leaf.shape) // length).reshape(_along_fan_in(leaf.shape, length))
-    return np.repeat(numbers, length, axis=FAN_IN).reshape(-1)[leaf.alive]
+    shape = (*leaf.shape[:axis], runs, *leaf.shape[axis + 1 :])
+    return np.repeat(np.arange(math.prod(shape)).reshape(shape), length, axis=axis)
 
 
-def _along_fan_in(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
-    return (*shape[:FAN_IN], shape[FAN_IN] // length, shape[-1])
+def _known_layout(leaf: Leaf, structure: Structure) -> KernelLayout:
+    layout = leaf.layout
+    if layout is None or layout.unknown or not (layout.fan_in and layout.fan_out):
+        found = layout.letters if layout else "no kernel"
+        letters = "IO".rjust(len(leaf.shape), "L")
+        raise ValueError(
+            f"{structure} needs the axes of fan-in and outputs, and {leaf.path} of shape "
+            f"{leaf.shape} is taken for {found!r}: name them, with layout={{{leaf.path!r}: "
+            f"{letters!r}}} for (stacked axes, fan-in, outputs), or leave the leaf out with "
+            "predicate."
+        )
+    return layout
 
 
 def not_among_the_best(scores: np.ndarray, units: np.ndarray, number: int) -> np.ndarray:

@@ -4,12 +4,12 @@ Operators, Lanczos, eigenpairs, densities and traces, a tracker of sharpness, le
 spectra, and the neural tangent kernel.
 """
 
+from curvax.curvature._operator import Operator, check_symmetric
+from curvax.curvature._operators import empirical_fisher_operator, ggn_operator, hessian_operator
 from curvax.spectrum._density import SpectralDensity, spectral_density, wasserstein_distance
 from curvax.spectrum._eigenpairs import Eigenpairs, top_eigenpairs
 from curvax.spectrum._lanczos import Lanczos, lanczos
 from curvax.spectrum._ntk import KernelEigenpairs, ntk_eigenpairs, ntk_gram
-from curvax.spectrum._operator import Operator, check_symmetric
-from curvax.spectrum._operators import empirical_fisher_operator, ggn_operator, hessian_operator
 from curvax.spectrum._plots import (
     plot_batch_sizes,
     plot_density,
@@ -24,7 +24,7 @@ from curvax.spectrum._preconditioned import (
 )
 from curvax.spectrum._sharpness import TrackSharpnessState, track_sharpness
 from curvax.spectrum._step_size import BatchSizeStudy, StepSizes, batch_size_study, step_sizes
-from curvax.spectrum._trace import Trace, trace
+from curvax.spectrum._trace import trace
 
 __all__ = [
     "BatchSizeStudy",
@@ -34,7 +34,6 @@ __all__ = [
     "Operator",
     "SpectralDensity",
     "StepSizes",
-    "Trace",
     "TrackSharpnessState",
     "adahessian_inverse_root",
     "adam_inverse_root",

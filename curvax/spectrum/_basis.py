@@ -1,17 +1,14 @@
 """An orthonormal basis of trees, kept leaf by leaf like M-FAC's window, and compiled once."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax._trees import PyTree, tree_norm
 from curvax.fisher import DenseWindow
 from curvax.fisher._cholesky import HIGHEST
-from curvax.spectrum._operator import tree_norm
-
-PyTree = Any
 
 
 class Basis:

@@ -13,8 +13,8 @@ import numpy as np
 
 from curvax._checks import check_count, check_range
 from curvax._progress import progress_bar
+from curvax.curvature._operator import Operator, in_groups
 from curvax.spectrum._lanczos import lanczos_together
-from curvax.spectrum._operator import Operator, in_groups
 
 _RESAMPLES = 200
 
@@ -29,10 +29,10 @@ class SpectralDensity(NamedTuple):
       nodes: a list of arrays, the Ritz values of each probe.
       weights: a list of arrays, their weights, which sum to one for each probe.
       bandwidth: the standard deviation of the Gaussian that smooths.
-      wasserstein_error: what the distance to the true density, in units of eigenvalues, is expected
-        to stay below: the spread over probes (97.5 % of bootstrap resamples), and the range of the
-        nodes over the order for the truncation. Infinite for a single probe.
-      num_products: the number of products with the operator.
+      wasserstein_error: an estimated bound on the distance to the true density, in units of
+        eigenvalues: the spread over probes (97.5 % of bootstrap resamples), and the range of the
+        nodes divided by the order for the truncation. Infinite for a single probe.
+      num_matvecs: the number of matrix-vector products.
     """
 
     grid: np.ndarray
@@ -42,7 +42,7 @@ class SpectralDensity(NamedTuple):
     weights: list[np.ndarray]
     bandwidth: float
     wasserstein_error: float
-    num_products: int
+    num_matvecs: int
 
     def smoothed(self, grid: np.ndarray, bandwidth: float) -> np.ndarray:
         """The density on another grid, with another bandwidth."""
@@ -55,7 +55,7 @@ def spectral_density(
     key: jax.Array,
     order: int = 64,
     num_probes: int = 8,
-    probes_together: int = 1,
+    probe_batch_size: int = 1,
     bandwidth: float | None = None,
     grid_size: int = 1024,
     reorthogonalize: str = "full",
@@ -63,7 +63,7 @@ def spectral_density(
 ) -> SpectralDensity:
     r"""The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
-    Memory is that of ``probes_together`` Lanczos bases, ``order`` vectors each (three with
+    Memory is that of ``probe_batch_size`` Lanczos bases, ``order`` vectors each (three with
     ``reorthogonalize="none"``).
 
     Args:
@@ -72,7 +72,7 @@ def spectral_density(
       order: the number of Lanczos steps $k$ a probe; at most the operator's size.
       num_probes: the number of probes. The error falls with their square root, and with that of the
         operator's size.
-      probes_together: the number of probes whose products are taken together, in one pass over the
+      probe_batch_size: the number of probes whose products are taken together, in one pass over the
         data: faster on an accelerator and where data are streamed.
       bandwidth: the standard deviation of the Gaussians; by default the range over ``2 order``.
       grid_size: the number of grid points.
@@ -104,13 +104,13 @@ def spectral_density(
     """
     check_count("order", order)
     check_count("num_probes", num_probes)
-    check_count("probes_together", probes_together)
+    check_count("probe_batch_size", probe_batch_size)
     check_count("grid_size", grid_size)
     if bandwidth is not None:
         check_range("bandwidth", bandwidth, low=0.0, open_low=True)
-    nodes, weights, num_products = [], [], 0
+    nodes, weights, num_matvecs = [], [], 0
     with progress_bar(num_probes, "probes", progress) as advance:
-        for keys in in_groups(jax.random.split(key, num_probes), probes_together):
+        for keys in in_groups(jax.random.split(key, num_probes), probe_batch_size):
             starts = [operator.random_vector(probe_key) for probe_key in keys]
             for result in lanczos_together(
                 operator, starts, order, reorthogonalize=reorthogonalize
@@ -118,7 +118,7 @@ def spectral_density(
                 values, vectors = result.eigh()
                 nodes.append(values)
                 weights.append(vectors[0] ** 2)
-                num_products += result.num_products
+                num_matvecs += result.num_matvecs
                 advance()
     low, high = min(map(np.min, nodes)), max(map(np.max, nodes))
     extent = high - low
@@ -135,7 +135,7 @@ def spectral_density(
     if all(len(values) == operator.size for values in nodes):
         error = _bootstrap(nodes, weights)  # nothing is truncated
     return SpectralDensity(
-        grid, curves.mean(axis=0), spread, nodes, weights, width, error, num_products
+        grid, curves.mean(axis=0), spread, nodes, weights, width, error, num_matvecs
     )
 
 
@@ -178,7 +178,7 @@ def _smooth(
 
 
 def _bootstrap(nodes: list[np.ndarray], weights: list[np.ndarray]) -> float:
-    """The distance to the mean over all probes that 97.5 % of resamples stay below."""
+    """The 97.5 % quantile of resamples' distances to the mean over all probes."""
     number = len(nodes)
     if number == 1:
         return np.inf

@@ -1,17 +1,16 @@
 """Extremal eigenpairs by Lanczos with thick restarts."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, check_range
+from curvax._checks import check_choice, check_count, check_like, check_range
+from curvax._trees import PyTree
+from curvax.curvature._operator import Operator
 from curvax.spectrum._basis import Basis, normalized
 from curvax.spectrum._lanczos import breakdown, finite_product
-from curvax.spectrum._operator import Operator
-
-PyTree = Any
 
 _CHUNK = 5
 _ROUNDING_OF_PRODUCTS = 10.0
@@ -135,13 +134,7 @@ class _Search:
         """Takes the first direction."""
         like = self._operator.like
         if start is not None:
-            ranks = [
-                jnp.ndim(x) - jnp.ndim(y)
-                for x, y in zip(*map(jax.tree.leaves, (start, like)), strict=True)
-            ]
-            if all(rank == 1 for rank in ranks):
-                start = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start)
-            start = jax.tree.map(lambda leaf, one: leaf.astype(one.dtype), start, like)
+            start = _start_like(start, like)
         direction, length = normalized(self._random() if start is None else start)
         if not (length > 0 and np.isfinite(length)):
             raise ValueError(f"start must have a finite positive length, got {length}.")
@@ -212,6 +205,15 @@ class _Search:
         """A random direction orthogonal to all so far."""
         _, rest, length = self._basis.orthogonalized(self._random())
         return jax.tree.map(lambda leaf: leaf / length, rest)
+
+
+def _start_like(start: PyTree, like: PyTree) -> PyTree:
+    """A start vector as it is, or the sum of earlier eigenvectors, along the leaves' first axes."""
+    shapes = [jnp.shape(leaf)[1:] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(start)]
+    if shapes == [leaf.shape for leaf in jax.tree.leaves(like)]:
+        start = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start)
+    check_like("start", start, like, "operator.like")
+    return jax.tree.map(lambda leaf, one: jnp.asarray(leaf, one.dtype), start, like)
 
 
 def _ends(values: np.ndarray, k: int, which: str) -> np.ndarray:

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_like
+from curvax._trees import PyTree, tree_dot, tree_norm
+from curvax.curvature._operator import Operator
 from curvax.spectrum._basis import Basis, normalized
-from curvax.spectrum._operator import Operator, tree_dot, tree_norm
-
-PyTree = Any
 
 REORTHOGONALIZE = ("full", "selective", "none")
 
@@ -32,13 +31,13 @@ class Lanczos(NamedTuple):
       off_diagonal: $\beta_1, \dots, \beta_{k-1}$, of shape (k - 1,).
       residual: $\beta_k$, the length of what is left; zero where the Krylov space was exhausted,
         so that the eigenvalues of $T$ are exact.
-      num_products: the number of products with the operator.
+      num_matvecs: the number of matrix-vector products.
     """
 
     diagonal: np.ndarray
     off_diagonal: np.ndarray
     residual: float
-    num_products: int
+    num_matvecs: int
 
     def eigh(self) -> tuple[np.ndarray, np.ndarray]:
         """Eigenvalues of $T$ in ascending order, and its eigenvectors as columns."""

@@ -6,7 +6,6 @@ eigenvalues agree up to the factor $N$, and an eigenvector $u$ of the first give
 J^T u \rVert$ of the second.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_count
-from curvax.spectrum._operator import wide_if_floating
-
-PyTree = Any
+from curvax._checks import check_choice, check_count, warn_of_batch_stats
+from curvax._trees import Differentiable, PyTree, tree_norm, widen
+from curvax.curvature._batches import num_examples, parts
+from curvax.curvature._compiled import compiled_once
+from curvax.curvature._jacobian import linearized
+from curvax.curvature._modes import MODES, JacobianMode
 
 
 class KernelEigenpairs(NamedTuple):
@@ -42,6 +43,7 @@ def ntk_gram(
     inputs: Any,
     *,
     micro_batch_size: int = 16,
+    mode: JacobianMode = "forward_over_reverse",
 ) -> jax.Array:
     r"""The Gram matrix $J J^T$ of the empirical neural tangent kernel.
 
@@ -51,15 +53,16 @@ def ntk_gram(
 
     Args:
       network: ``network(params, inputs) -> outputs`` of shape (N, C), in evaluation mode.
-      params: a tree of real arrays.
+      params: a tree of real arrays; integer and bool leaves are held constant.
       inputs: an array, or a tree of them, with N examples along the first axis.
       micro_batch_size: the examples whose rows are in memory together.
+      mode: how Jacobian-vector products are taken, as `curvax.ggn_vp` takes it.
 
     Returns:
       The matrix of shape (N C, N C), rows ordered by example, then output.
 
     Raises:
-      ValueError: if outputs are not of shape (N, C).
+      ValueError: if outputs are not of shape (N, C), or the first axes of inputs disagree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,20 +76,17 @@ def ntk_gram(
       Jacot, Gabriel and Hongler, [Neural tangent kernel](https://arxiv.org/abs/1806.07572), 2018.
     """
     check_count("micro_batch_size", micro_batch_size)
-    outputs = jax.eval_shape(network, params, inputs)
-    number = _checked_examples(outputs, inputs)
-    if not number:
-        raise ValueError("inputs are empty: the kernel needs at least one example.")
-    parts = [
-        jax.tree.map(lambda x, a=start: x[a : a + micro_batch_size], inputs)
-        for start in range(0, number, micro_batch_size)
-    ]
-    params = jax.tree.map(wide_if_floating, params)
-    rows, pushed = _compiled(network)
+    check_choice("mode", mode, MODES[:2])
+    warn_of_batch_stats(params)
+    _output_shape(network, params, inputs)
+    params = jax.tree.map(widen, params)
+    pieces = [part for part, _ in parts(inputs, micro_batch_size)]
+    jacobian = compiled_once(_Jacobian.of, network, mode=mode)
     blocks = []
-    for part in parts:
-        tangents = rows(params, part)
-        blocks.append(jnp.concatenate([pushed(params, other, tangents) for other in parts], axis=1))
+    for piece in pieces:
+        rows = jacobian.rows(params, piece)
+        columns = [jacobian.images(params, other, rows) for other in pieces]
+        blocks.append(jnp.concatenate(columns, axis=1))
     gram = jnp.concatenate(blocks, axis=0)
     return (gram + gram.T) / 2
 
@@ -98,6 +98,7 @@ def ntk_eigenpairs(
     k: int,
     *,
     micro_batch_size: int = 16,
+    mode: JacobianMode = "forward_over_reverse",
 ) -> KernelEigenpairs:
     r"""The top eigenpairs of the neural tangent kernel, in outputs and in parameters.
 
@@ -107,6 +108,7 @@ def ntk_eigenpairs(
       inputs: see there.
       k: the number of pairs, at most N C.
       micro_batch_size: see there.
+      mode: see there.
 
     Returns:
       The pairs.
@@ -123,50 +125,76 @@ def ntk_eigenpairs(
       [9.] [1. 0.]
     """
     check_count("k", k)
-    gram = np.asarray(ntk_gram(network, params, inputs, micro_batch_size=micro_batch_size))
+    gram = np.asarray(
+        ntk_gram(network, params, inputs, micro_batch_size=micro_batch_size, mode=mode)
+    )
     if k > len(gram):
         raise ValueError(f"k={k} pairs are more than the {len(gram)} outputs of all examples.")
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     order = np.argsort(-values)[:k]
-    params = jax.tree.map(wide_if_floating, params)
-    outputs = jax.eval_shape(network, params, inputs)
-    chosen = vectors.T[order].reshape(k, *outputs.shape)
-
-    def transposed(cotangent: jax.Array) -> PyTree:
-        (tree,) = jax.vjp(lambda p: network(p, inputs), params)[1](cotangent)
-        length = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
-        return jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-30), tree)
-
-    compiled = jax.jit(transposed)
-    trees = [compiled(jnp.asarray(one, outputs.dtype)) for one in chosen]
+    shape = _output_shape(network, params, inputs)
+    params = jax.tree.map(widen, params)
+    chosen = vectors.T[order].reshape(k, *shape)
+    transposed = compiled_once(_Jacobian.of, network, mode=mode).transposed
+    trees = [transposed(params, inputs, jnp.asarray(one, gram.dtype)) for one in chosen]
     return KernelEigenpairs(
         values[order], chosen, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(network: Callable[[PyTree, Any], jax.Array]) -> tuple[Any, Any]:
-    """Rows of the Jacobian of a micro-batch, and products of it with rows."""
+class _Jacobian(NamedTuple):
+    """Compiled products with the Jacobian of a network.
 
-    def rows(params: PyTree, part: Any) -> PyTree:
-        outputs, pull = jax.vjp(lambda p: network(p, part), params)
-        basis = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
-        return jax.vmap(lambda cotangent: pull(cotangent)[0])(basis)
+    Attributes:
+      rows: the rows of $J$ for all outputs of a micro-batch.
+      images: $J t$ for a micro-batch and such rows $t$.
+      transposed: $J^T u$, divided by its length.
+    """
 
-    def pushed(params: PyTree, part: Any, tangents: PyTree) -> jax.Array:
-        _, push = jax.linearize(lambda p: network(p, part), params)
-        images = jax.vmap(push)(tangents)
-        return images.reshape(len(images), -1)
+    rows: Callable[..., Any]
+    images: Callable[..., jax.Array]
+    transposed: Callable[..., PyTree]
 
-    return jax.jit(rows), jax.jit(pushed)
+    @classmethod
+    def of(cls, network: Callable[[PyTree, Any], jax.Array], *, mode: JacobianMode) -> "_Jacobian":
+        def at_point(params: PyTree, inputs: Any, mode: JacobianMode) -> tuple[Any, ...]:
+            tree = Differentiable.of(params)
+            leaves = tree.select(tree.leaves)
+            return tree, *linearized(
+                lambda p: (network(tree.params(p), inputs), None), leaves, mode
+            )
+
+        @jax.jit
+        def rows(params: PyTree, part: Any) -> Any:
+            _, outputs, _, _, pull = at_point(params, part, "reverse_over_reverse")
+            basis = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+            return jax.vmap(pull)(basis)
+
+        @jax.jit
+        def images(params: PyTree, part: Any, tangents: Any) -> jax.Array:
+            push = at_point(params, part, mode)[3]
+            columns = jax.vmap(push)(tangents)
+            return columns.reshape(len(columns), -1)
+
+        @jax.jit
+        def transposed(params: PyTree, inputs: Any, cotangent: jax.Array) -> PyTree:
+            tree, outputs, _, _, pull = at_point(params, inputs, "reverse_over_reverse")
+            pulled = pull(cotangent.astype(outputs.dtype))
+            length = jnp.maximum(tree_norm(pulled), 1e-30)
+            return tree.tangent([leaf / length for leaf in pulled])
+
+        return cls(rows, images, transposed)
 
 
-def _checked_examples(outputs: Any, inputs: Any) -> int:
-    number = jnp.shape(jax.tree.leaves(inputs)[0])[0]
+def _output_shape(network: Any, params: PyTree, inputs: Any) -> tuple[int, int]:
+    number = num_examples(inputs, "close over what has no examples")
+    if not number:
+        raise ValueError("inputs are empty: the kernel needs at least one example.")
+    outputs = jax.eval_shape(network, params, inputs)
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != number:
         raise ValueError(
             f"the network must return outputs of shape (N, C) with N={number} examples, got "
             f"{shape if shape is not None else type(outputs).__name__}."
         )
-    return number
+    return shape

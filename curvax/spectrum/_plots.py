@@ -1,13 +1,15 @@
 """Plots of spectra, on axes of matplotlib; nothing global is touched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from curvax._trees import named_leaves
+from curvax.curvature._hutchinson import TraceEstimate
 from curvax.spectrum._density import SpectralDensity
 from curvax.spectrum._step_size import BatchSizeStudy
-from curvax.spectrum._trace import Trace
 
 BLUE, RED, GRAY = "#0072b2", "#d55e00", "0.5"
 
@@ -102,29 +104,37 @@ def plot_sharpness(
     return ax
 
 
-def plot_layer_traces(traces: Mapping[str, Trace], *, ax: Any | None = None) -> Any:
-    """Bars of the trace of each layer's block, with standard errors.
+def plot_layer_traces(trace: TraceEstimate, *, ax: Any | None = None) -> Any:
+    """Bars of the trace of each leaf's diagonal block, with standard errors.
 
     Args:
-      traces: by the layer's name.
+      trace: what `trace` or `curvax.hessian_trace` returned.
       ax: axes of matplotlib; by default those of a new figure.
 
     Returns:
       The axes.
 
+    Raises:
+      ValueError: if the trace has no values by leaf.
+
     Example:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp, curvax
       >>> from curvax import spectrum
-      >>> traces = {"first": spectrum.Trace(2.0, 0.1, np.array([2.0]), 1)}
-      >>> len(spectrum.plot_layer_traces(traces).patches)
-      1
+      >>> def loss(params):
+      ...     return jnp.sum(params["first"] ** 2) + jnp.sum(params["second"] ** 4)
+      >>> params = {"first": jnp.ones(2), "second": jnp.ones(3)}
+      >>> trace = curvax.hessian_trace(loss, params, method="exact")
+      >>> [float(bar.get_width()) for bar in spectrum.plot_layer_traces(trace).patches]
+      [4.0, 36.0]
     """
+    if trace.per_leaf is None:
+        raise ValueError('the trace has no values by leaf: use method="hutchinson".')
     ax = ax or _new_axes()
-    names = list(traces)
-    errors = np.nan_to_num([traces[name].standard_error for name in names])
-    ax.barh(names, [traces[name].value for name in names], xerr=errors, color=BLUE, ecolor=GRAY)
+    names, values = zip(*named_leaves(trace.per_leaf), strict=True)
+    errors = np.nan_to_num([float(x) for x in jax.tree.leaves(trace.per_leaf_standard_error)])
+    ax.barh(names, [float(value) for value in values], xerr=errors, color=BLUE, ecolor=GRAY)
     ax.invert_yaxis()
-    ax.set_xlabel("trace of the layer's block")
+    ax.set_xlabel("trace of the diagonal block")
     return ax
 
 

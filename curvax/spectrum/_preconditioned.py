@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_like, check_range, path_name
+from curvax._checks import check_like, check_range
 from curvax._find import find_mfac, find_node
-from curvax.spectrum._operator import Operator
-
-PyTree = Any
+from curvax._trees import PyTree, path_name
+from curvax.curvature._operator import Operator
 
 
 def preconditioned(

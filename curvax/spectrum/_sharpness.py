@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import check_range, check_real, check_size
+from curvax._checks import check_choice, check_range, check_real, check_size
+from curvax._trees import PyTree, has_holes, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
+from curvax.curvature._modes import MODES, Mode
 from curvax.fisher import DenseWindow
-from curvax.spectrum._operator import tree_dot, tree_norm
-
-PyTree = Any
 
 
 class TrackSharpnessState(NamedTuple):
@@ -42,17 +41,18 @@ def track_sharpness(
     learning_rate: optax.ScalarOrSchedule,
     *,
     every: int = 1,
-    num_products: int = 4,
+    num_matvecs: int = 4,
     trace_decay: float = 0.9,
     from_outside: bool = False,
+    mode: Mode = "forward_over_reverse",
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measures the Hessian's largest eigenvalue on the way, and hands updates on as they are.
 
     Every ``every`` steps the largest Ritz value of a few Lanczos steps is taken, started from the
     Ritz vector of the last time: along a run the top eigenvector turns slowly, and the value
-    catches up within a few measurements. The cost of a measurement is ``num_products + 1``
-    Hessian-vector products, about ``2 num_products + 2`` gradients: with ``every=50`` and the
+    catches up within a few measurements. The cost of a measurement is ``num_matvecs + 1``
+    Hessian-vector products, about ``2 num_matvecs + 2`` gradients: with ``every=50`` and the
     defaults a fifth of a step. It is the sharpness of the loss that it is given: of the batch's, if
     ``obj_fn`` is that.
 
@@ -63,10 +63,11 @@ def track_sharpness(
     Args:
       learning_rate: that of the chain, a number or a schedule.
       every: steps from one measurement to the next.
-      num_products: Lanczos steps of a measurement; more where the top eigenvalues are close.
+      num_matvecs: Lanczos steps of a measurement; more where the top eigenvalues are close.
       trace_decay: decay of the average of the trace, which has one probe a measurement.
       from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
         direction is kept.
+      mode: how products are taken, see `curvax.value_grad_and_hvp`.
       key: a PRNG key; ``jax.random.key(0)`` by default.
 
     Returns:
@@ -92,7 +93,8 @@ def track_sharpness(
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
     check_size("every", every)
-    check_size("num_products", num_products)
+    check_choice("mode", mode, MODES)
+    check_size("num_matvecs", num_matvecs)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
@@ -102,7 +104,7 @@ def track_sharpness(
         nan = jnp.full((), jnp.nan, jnp.float32)
         direction = None
         if not from_outside:
-            wide = jax.tree.map(_wide, params)
+            wide = jax.tree.map(widen, params)
             direction = _unit(random_probe(own_key, wide, "normal"))
         return TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
@@ -140,8 +142,8 @@ def track_sharpness(
             )
 
         def measure(state: TrackSharpnessState) -> TrackSharpnessState:
-            product = _wide_product(obj_fn, params)
-            value, direction = _ritz(product, state.direction, num_products)
+            product = _wide_product(obj_fn, params, mode)
+            value, direction = _ritz(product, state.direction, num_matvecs)
             probe_key = jax.random.fold_in(state.probe_key, state.steps_seen)
             probe = random_probe(probe_key, state.direction)
             sample = tree_dot(probe, product(probe)).astype(jnp.float32)
@@ -166,20 +168,13 @@ def track_sharpness(
 
 
 def _check_whole(params: PyTree) -> None:
-    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    if has_holes(params):
         raise ValueError(
             "track_sharpness needs the whole params, which optax.masked and optax.partition hide "
             "parts of: put it around them, in the outer chain."
         )
-    if not any(jnp.size(leaf) for leaf in leaves):
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("track_sharpness needs params with at least one entry, got none.")
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _unit(vector: PyTree) -> PyTree:
@@ -188,9 +183,9 @@ def _unit(vector: PyTree) -> PyTree:
 
 
 def _wide_product(
-    obj_fn: Callable[[PyTree], jax.Array], params: PyTree
+    obj_fn: Callable[[PyTree], jax.Array], params: PyTree, mode: Mode
 ) -> Callable[[PyTree], PyTree]:
-    product = linearized_hvp(obj_fn, params)
+    product = linearized_hvp(obj_fn, params, mode=mode)
 
     def wide(vector: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), product(vector), vector)

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_count, check_range
 from curvax._progress import progress_bar
+from curvax._trees import PyTree
+from curvax.curvature._batches import num_examples, parts
+from curvax.curvature._modes import Mode
+from curvax.curvature._operators import hessian_operator
 from curvax.spectrum._eigenpairs import top_eigenpairs
-from curvax.spectrum._operators import hessian_operator
-
-PyTree = Any
 
 
 class StepSizes(NamedTuple):
@@ -84,15 +86,17 @@ class BatchSizeStudy(NamedTuple):
 
 
 def batch_size_study(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: Callable[..., Any],
     params: PyTree,
     examples: tuple[Any, ...],
     batch_sizes: Sequence[int],
     *,
     key: jax.Array,
     num_draws: int = 4,
-    full_batch_size: int | None = None,
+    micro_batch_size: int | None = None,
     tolerance: float = 1e-3,
+    has_aux: bool = False,
+    mode: Mode = "forward_over_reverse",
     progress: bool = False,
 ) -> BatchSizeStudy:
     r"""How the ends of the Hessian's spectrum depend on the batch size.
@@ -108,15 +112,18 @@ def batch_size_study(
       batch_sizes: the sizes to try, at most the number of examples.
       key: a PRNG key for batches and start vectors.
       num_draws: random batches of each size.
-      full_batch_size: how many examples the full Hessian takes at a time; all by default.
+      micro_batch_size: the number of examples that the full Hessian takes at a time; all by
+        default.
       tolerance: of the eigenvalues, as `top_eigenpairs` takes it.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
+      mode: how products are taken, see `curvax.value_grad_and_hvp`.
       progress: whether a progress bar is shown.
 
     Returns:
       The eigenvalues; `plot_batch_sizes` draws them.
 
     Raises:
-      ValueError: if a batch size is larger than the data.
+      ValueError: if a batch size is larger than the data, or the first axes of examples disagree.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -134,33 +141,33 @@ def batch_size_study(
       theory approach](https://arxiv.org/abs/2006.09092), 2022.
     """
     check_count("num_draws", num_draws)
-    if full_batch_size is not None:
-        check_count("full_batch_size", full_batch_size)
-    number = int(jax.tree.leaves(examples)[0].shape[0])
+    if micro_batch_size is not None:
+        check_count("micro_batch_size", micro_batch_size)
+    number = num_examples(examples, "close over what has no examples")
+    if not number:
+        raise ValueError("examples are empty: the study needs at least one.")
     for size in batch_sizes:
         check_count("each of batch_sizes", size)
         if size > number:
             raise ValueError(f"a batch size of {size} is above the {number} examples.")
 
     def ends(batches: list[Any], end_key: jax.Array) -> tuple[float, float]:
-        operator = hessian_operator(loss_fn, params, batches, check_deterministic=False)
+        operator = hessian_operator(
+            loss_fn, params, batches, has_aux=has_aux, mode=mode, check_deterministic=False
+        )
         k = min(2, operator.size)
         pairs = top_eigenpairs(operator, k, key=end_key, which="both", tolerance=tolerance)
         return float(pairs.values[0]), float(pairs.values[-1])
 
-    step = full_batch_size or number
-    parts = [
-        jax.tree.map(lambda x, a=start: x[a : a + step], examples)
-        for start in range(0, number, step)
-    ]
-    full = ends(parts, key)
+    pieces = [part for part, _ in parts(examples, micro_batch_size or number)]
+    full = ends(pieces, key)
     found = np.empty((2, len(batch_sizes), num_draws))
     with progress_bar(len(batch_sizes) * num_draws, "batches", progress) as advance:
         for row, size in enumerate(batch_sizes):
             for draw in range(num_draws):
                 part_key = jax.random.fold_in(jax.random.fold_in(key, row), draw)
                 chosen = jax.random.choice(part_key, number, (size,), replace=False)
-                batch = jax.tree.map(lambda x, c=chosen: x[c], examples)
+                batch = jax.tree.map(lambda x, c=chosen: x[c] if jnp.ndim(x) else x, examples)
                 found[:, row, draw] = ends([batch], part_key)
                 advance()
     return BatchSizeStudy(np.asarray(batch_sizes), found[0], found[1], *full)

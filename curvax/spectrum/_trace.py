@@ -1,33 +1,17 @@
 r"""The trace of an operator, by probes alone or with its dominant part taken out first."""
 
-from typing import Any, NamedTuple
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count
+from curvax._trees import PyTree, tree_dot
+from curvax.curvature._hutchinson import TraceEstimate
+from curvax.curvature._operator import Operator, in_groups
 from curvax.spectrum._basis import Basis
 from curvax.spectrum._lanczos import breakdown, finite_product, finite_products
-from curvax.spectrum._operator import Operator, in_groups, tree_dot
-
-METHODS = ("hutchinson", "hutch++")
-
-
-class Trace(NamedTuple):
-    """An estimate of a trace.
-
-    Attributes:
-      value: the estimate.
-      standard_error: its standard error; zero where nothing is left to estimate, NaN for a single
-        probe.
-      samples: what each probe gave, of shape (num_probes,).
-      num_products: the number of products with the operator.
-    """
-
-    value: float
-    standard_error: float
-    samples: np.ndarray
-    num_products: int
 
 
 def trace(
@@ -35,9 +19,9 @@ def trace(
     *,
     key: jax.Array,
     num_probes: int = 32,
-    method: str = "hutchinson",
-    probes_together: int = 1,
-) -> Trace:
+    method: Literal["hutchinson", "hutch++"] = "hutchinson",
+    probe_batch_size: int = 1,
+) -> TraceEstimate:
     r"""The trace of an operator, with a standard error.
 
     ``"hutchinson"`` averages $z^T A z$ over Rademacher probes. ``"hutch++"`` spends a third of its
@@ -50,12 +34,13 @@ def trace(
       key: a PRNG key for the probes.
       num_probes: the number of probes; ``"hutch++"`` makes three products for each.
       method: ``"hutchinson"`` or ``"hutch++"``.
-      probes_together: the number of probes whose products are taken together, in one pass over the
-        data: faster on an accelerator and where data are streamed, for as many vectors of memory.
-        (The basis of ``"hutch++"`` is built one vector after the other all the same.)
+      probe_batch_size: the number of probes whose products are taken together, in one pass over
+        the data: faster on an accelerator and where data are streamed, for as many vectors of
+        memory. (The basis of ``"hutch++"`` is built one vector after the other all the same.)
 
     Returns:
-      The estimate.
+      The estimate, in NumPy's float64. With ``"hutch++"`` it has no values by leaf (None), and no
+      samples where nothing is left to estimate.
 
     Raises:
       ValueError: if a product is not finite, or an option is out of range.
@@ -75,36 +60,47 @@ def trace(
       [Hutch++](https://arxiv.org/abs/2010.09649), 2021, Algorithm 1.
     """
     check_count("num_probes", num_probes)
-    check_count("probes_together", probes_together)
-    check_choice("method", method, METHODS)
-    if method == "hutchinson":
-        samples = _quadratic_forms(operator, key, num_probes, probes_together)
-        return Trace(float(samples.mean()), _standard_error(samples), samples, num_probes)
-    return _hutch_plus_plus(operator, key, min(num_probes, operator.size), probes_together)
+    check_count("probe_batch_size", probe_batch_size)
+    check_choice("method", method, ("hutchinson", "hutch++"))
+    if method == "hutch++":
+        return _hutch_plus_plus(operator, key, min(num_probes, operator.size), probe_batch_size)
+    per_leaf = _samples(operator, key, num_probes, probe_batch_size)
+    totals = sum(jax.tree.leaves(per_leaf), start=np.zeros(num_probes))
+    means = jax.tree.map(lambda samples: float(samples.mean()), per_leaf)
+    errors = jax.tree.map(_standard_error, per_leaf)
+    value = float(totals.mean())
+    return TraceEstimate(value, _standard_error(totals), means, errors, totals, num_probes)
 
 
-def _quadratic_forms(
+def _samples(
     operator: Operator, key: jax.Array, number: int, together: int, basis: Basis | None = None
-) -> np.ndarray:
-    """$z^T A z$ for random signs $z$, without their part in the basis."""
+) -> PyTree:
+    """$z^T A z$ for random signs $z$, without their part in the basis, leaf by leaf."""
     samples = []
     for keys in in_groups(jax.random.split(key, number), together):
         probes = [operator.random_vector(part, "rademacher") for part in keys]
         if basis is not None:
             probes = [basis.orthogonalized(probe)[1] for probe in probes]
         images = finite_products(operator, probes)
-        samples += [float(tree_dot(*pair)) for pair in zip(probes, images, strict=True)]
-    return np.array(samples)
+        samples += [_leaf_dots(*pair) for pair in zip(probes, images, strict=True)]
+    return jax.tree.map(lambda *values: np.array(values, np.float64), *samples)
 
 
-def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int, together: int) -> Trace:
+@jax.jit
+def _leaf_dots(first: PyTree, second: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
+
+
+def _hutch_plus_plus(
+    operator: Operator, key: jax.Array, number: int, together: int
+) -> TraceEstimate:
     basis = Basis(operator.like, number)
-    dominant, size, num_products = 0.0, 0, 0
+    dominant, size, num_matvecs = 0.0, 0, 0
     key_range, key_rest = jax.random.split(key)
     scale = 0.0
     for part in jax.random.split(key_range, number):
         image = finite_product(operator, operator.random_vector(part))
-        num_products += 1
+        num_matvecs += 1
         _, rest, length = basis.orthogonalized(image)
         scale = max(scale, length)
         if length <= breakdown(operator, scale):
@@ -112,16 +108,17 @@ def _hutch_plus_plus(operator: Operator, key: jax.Array, number: int, together: 
         basis.put(rest, length, size)
         direction = jax.tree.map(lambda leaf, b=length: leaf / b, rest)
         dominant += float(tree_dot(direction, finite_product(operator, direction)))
-        num_products += 1
+        num_matvecs += 1
         size += 1
     if size == operator.size:
-        return Trace(dominant, 0.0, np.zeros(0), num_products)
-    left = _quadratic_forms(operator, key_rest, number, together, basis)
-    num_products += number
-    return Trace(dominant + float(left.mean()), _standard_error(left), left, num_products)
+        return TraceEstimate(dominant, 0.0, None, None, np.zeros(0), num_matvecs)
+    per_leaf = _samples(operator, key_rest, number, together, basis)
+    left = sum(jax.tree.leaves(per_leaf), start=np.zeros(number))
+    value = dominant + float(left.mean())
+    return TraceEstimate(value, _standard_error(left), None, None, left, num_matvecs + number)
 
 
-def _standard_error(samples: np.ndarray) -> Any:
+def _standard_error(samples: np.ndarray) -> float:
     if len(samples) < 2:
         return float("nan")
     return float(samples.std(ddof=1) / np.sqrt(len(samples)))

@@ -37,7 +37,7 @@ def mean_over(leaf, axes):
         ("stem/kernel", HWIO, (0, 1)),
         ("keypoints/kernel", HWIO, (0, 1)),
         ("conv/kernel", (3, 4, 5), (0,)),
-        ("conv/kernel", (2, 3, 3, 4, 5), (0, 1, 2)),
+        ("conv/kernel", (2, 3, 3, 4, 5), (1, 2)),
         ("attention/query/kernel", (8, 2, 4), ()),
         ("scanned/attention/query/kernel", (6, 8, 2, 4), ()),
         ("block/qkv/kernel", (6, 8, 2, 4), ()),
@@ -56,8 +56,9 @@ def test_the_default_averages_the_spatial_axes_of_convolutions_only(path, shape,
     ("path", "shape", "axes"),
     [
         ("dense/kernel", (4, 5), (0,)),
-        ("token/embedding", (7, 4), (1,)),
+        ("token/embedding", (7, 4), ()),
         ("conv/kernel", HWIO, (0, 1)),
+        ("dense/kernel", (3, 4, 5), (1,)),
         ("attention/query/kernel", (8, 2, 4), ()),
         ("dense/bias", (5,), ()),
     ],
@@ -68,7 +69,7 @@ def test_row_averages_the_fan_in_of_each_output_unit(path, shape, axes):
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 70, 96])
-@pytest.mark.parametrize(("name", "axis"), [("kernel", 0), ("embedding", 1)])
+@pytest.mark.parametrize(("name", "axis"), [("kernel", 0), ("weight", 1)])
 def test_block_averages_runs_of_32_along_the_fan_in_with_a_ragged_tail(name, axis, size):
     shape = (size, 3) if axis == 0 else (3, size)
     result, leaf = averaged("block", f"dense/{name}", shape)

@@ -145,9 +145,9 @@ def test_keys_of_sparsities_are_patterns():
         prune({0: 0.5})
 
 
-def test_a_scalar_has_no_outputs():
+def test_a_leaf_without_known_outputs_needs_a_layout():
     params = {"scale": jnp.ones(())}
-    with pytest.raises(ValueError, match="needs an axis of outputs, got a scalar at scale"):
+    with pytest.raises(ValueError, match=r"scale of shape .* is taken for 'no kernel'.*layout="):
         pruning.prune(
             params,
             None,

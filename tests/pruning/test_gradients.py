@@ -52,6 +52,31 @@ def test_a_batch_that_is_no_tuple_is_one_argument():
     np.testing.assert_array_equal(rows, [[3.0, 3.0]])
 
 
+@pytest.mark.parametrize("options", [{}, {"per_example": True}, {"micro_batch_size": 3}])
+def test_aux_of_the_loss_is_dropped(options):
+    def with_aux(*args):
+        return loss_fn(*args), {"metric": 1.0}
+
+    _, _, rows = collect(**options)
+    _, _, others = collect(loss=with_aux, has_aux=True, **options)
+    assert_trees_close(others, rows)
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+def test_integer_leaves_have_rows_of_zeros(storage):
+    params = {"steps": jnp.array(3), "table": jnp.array([1, 0]), "w": jnp.array([1.0, 2.0])}
+
+    def loss(p, x):
+        return jnp.sum(p["w"][p["table"]] * x)
+
+    rows = pruning.collect_gradients(
+        loss, params, [jnp.array([3.0, 4.0])] * 2, 2, storage=storage, progress=False
+    )
+    np.testing.assert_array_equal(rows["w"], [[4.0, 3.0]] * 2)
+    np.testing.assert_array_equal(rows["table"], np.zeros((2, 2)))
+    np.testing.assert_array_equal(rows["steps"], np.zeros(2))
+
+
 def test_pruned_weights_have_gradients_of_zero():
     params, _ = problems.regression()
     mask = jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) % 2 == 0, params)

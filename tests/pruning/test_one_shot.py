@@ -46,6 +46,21 @@ def test_recomputations_are_single_steps_with_new_gradients(sparsity):
     assert result.sparsity == pytest.approx(sparsity, abs=1 / 80)
 
 
+def test_aux_of_the_loss_is_dropped():
+    params, batches, result = one_shot()
+    other = pruning.prune_one_shot(
+        lambda *args: (loss_fn(*args), {"metric": 1.0}),
+        params,
+        batches,
+        0.5,
+        num_grads=8,
+        recomputations=3,
+        has_aux=True,
+        progress=False,
+    )
+    jax.tree.map(np.testing.assert_array_equal, other.mask, result.mask)
+
+
 def test_a_start_from_a_mask_goes_on_from_its_density():
     _, batches, first = one_shot(0.5)
     second = pruning.prune_one_shot(

@@ -72,7 +72,7 @@ class TestLanczos:
 
     def test_more_steps_than_rows_are_not_made(self):
         result = spectrum.lanczos(diagonal([1.0, 2.0]), jnp.ones(2), 50)
-        assert result.num_products == 2
+        assert result.num_matvecs == 2
 
     def test_a_zero_operator_has_the_eigenvalue_zero(self):
         result = spectrum.lanczos(diagonal(np.zeros(4)), jnp.ones(4), 3)
@@ -169,7 +169,7 @@ class TestEigenpairs:
         entries = jnp.linspace(0, 0.1, 10**6, dtype=jnp.float32).at[0].set(100)
         operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(10**6, jnp.float32))
         result = spectrum.lanczos(operator, operator.random_vector(KEY), 16)
-        assert result.num_products == 16
+        assert result.num_matvecs == 16
         assert result.residual > 0
         pairs = spectrum.top_eigenpairs(operator, 2, key=KEY, tolerance=1e-2)
         np.testing.assert_allclose(pairs.values, [100, 0.1], rtol=1e-2)
@@ -281,13 +281,13 @@ class TestDensity:
         operator, _ = hessian()
         options = {"key": KEY, "num_probes": 5, "order": 7, "reorthogonalize": reorthogonalize}
         one = spectrum.spectral_density(operator, **options)
-        several = spectrum.spectral_density(operator, probes_together=together, **options)
-        assert several.num_products == one.num_products == 35
+        several = spectrum.spectral_density(operator, probe_batch_size=together, **options)
+        assert several.num_matvecs == one.num_matvecs == 35
         for name in ("nodes", "weights"):
             for a, b in zip(getattr(one, name), getattr(several, name), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-9)
 
-    def test_probes_together_go_on_after_one_has_ended(self):
+    def test_probe_batch_size_go_on_after_one_has_ended(self):
         entries = jnp.array([1.0, 1.0, 2.0, 5.0])
         operator = spectrum.Operator(lambda v: entries * v, jnp.zeros(4))
         starts = [jnp.array([1.0, 1.0, 0.0, 0.0]), jnp.ones(4)]
@@ -295,7 +295,7 @@ class TestDensity:
         np.testing.assert_allclose(short.eigh()[0], [1.0])
         np.testing.assert_allclose(long.eigh()[0], [1.0, 2.0, 5.0])
 
-    def test_data_are_gone_through_once_for_probes_together(self):
+    def test_data_are_gone_through_once_for_probe_batch_size(self):
         one, passes = problems.problem(), []
 
         class Stream:
@@ -307,7 +307,7 @@ class TestDensity:
             loss_fn, one.params, Stream(), check_deterministic=False
         )
         passes.clear()
-        spectrum.spectral_density(operator, key=KEY, order=4, num_probes=6, probes_together=3)
+        spectrum.spectral_density(operator, key=KEY, order=4, num_probes=6, probe_batch_size=3)
         assert len(passes) == 8
 
     def test_it_integrates_to_one_and_smooths_the_nodes(self):
@@ -339,7 +339,7 @@ class TestDensity:
             {"num_probes": 0},
             {"bandwidth": 0.0},
             {"grid_size": 0},
-            {"probes_together": 0},
+            {"probe_batch_size": 0},
         ],
     )
     def test_bad_input(self, options):
@@ -386,9 +386,9 @@ class TestTrace:
         operator, _ = hessian()
         options = {"key": KEY, "num_probes": 7, "method": method}
         one = spectrum.trace(operator, **options)
-        several = spectrum.trace(operator, probes_together=3, **options)
+        several = spectrum.trace(operator, probe_batch_size=3, **options)
         np.testing.assert_allclose(several.samples, one.samples, rtol=1e-9, atol=1e-12)
-        assert several.num_products == one.num_products
+        assert several.num_matvecs == one.num_matvecs
 
     @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
     def test_of_a_zero_operator_it_is_zero(self, method):

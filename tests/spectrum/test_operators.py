@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvax
-from curvax import spectrum
+from curvax import pruning, spectrum
 
 from . import problems
 from .problems import loss_fn, network, ravel
@@ -80,20 +80,15 @@ def test_what_is_computed_once_and_kept_changes_nothing(kind, select):
         np.testing.assert_allclose(ravel(together), expected, atol=1e-12)
 
 
-def test_a_single_batch_goes_through_the_network_once():
-    one, passes = problems.problem(), []
-
-    class Batch(list):
-        def __iter__(self):
-            passes.append(1)
-            return super().__iter__()
-
-    for batches, expected in ((one.batches[:1], 0), (one.batches, 2)):
-        operator = spectrum.hessian_operator(loss_fn, one.params, Batch(batches))
-        passes.clear()
+def test_a_single_batch_goes_through_the_network_once(monkeypatch):
+    one, linearizations = problems.problem(), []
+    linearize = jax.linearize
+    monkeypatch.setattr(jax, "linearize", lambda *a: linearizations.append(1) or linearize(*a))
+    for batches, expected in ((one.batches[:1], 1), (one.batches, 0)):
+        linearizations.clear()
+        operator = spectrum.hessian_operator(lambda *args: loss_fn(*args), one.params, batches)
         operator(one.params)
-        operator(one.params)
-        assert len(passes) == expected
+        assert len(linearizations) == expected
 
 
 def test_a_kept_product_can_be_traced_and_used_outside_again():
@@ -193,6 +188,101 @@ def test_low_precision_params_have_wide_vectors():
     assert {leaf.dtype for leaf in jax.tree.leaves(operator.like)} == {jnp.dtype(jnp.float32)}
     image = operator(operator.random_vector(jax.random.key(0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(image)} == {jnp.dtype(jnp.float32)}
+
+
+def test_an_operator_is_an_argument_of_jitted_functions():
+    one, traces = problems.problem(), []
+
+    @jax.jit
+    def squared(operator, vector):
+        traces.append(1)
+        return operator(operator(vector))
+
+    for scale in (1.0, 2.0):
+        params = jax.tree.map(lambda leaf, s=scale: s * leaf, one.params)
+        operator = spectrum.hessian_operator(loss_fn, params, one.batches)
+        expected = ravel(operator(operator(params)))
+        np.testing.assert_allclose(ravel(squared(operator, params)), expected, atol=1e-12)
+    assert len(traces) == 1
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, operator)  # all its arrays, the weights too
+    assert doubled.size == operator.size
+
+
+@pytest.mark.parametrize("matrix", [jnp.eye(2), jnp.full((2, 2), 3.0)])
+def test_operators_of_plain_functions_and_of_trees_go_through_jit(matrix):
+    def times(matrix, vector):
+        return matrix @ vector
+
+    for product in (lambda v: matrix @ v, jax.tree_util.Partial(times, matrix)):
+        operator = spectrum.Operator(product, jnp.zeros(2))
+        image = jax.jit(lambda op, v: op(v))(operator, jnp.ones(2))
+        np.testing.assert_allclose(image, matrix @ jnp.ones(2))
+
+
+def test_an_operator_is_made_within_jit():
+    one = problems.problem()
+
+    @jax.jit
+    def product(params):
+        return spectrum.hessian_operator(loss_fn, params, one.batches)(params)
+
+    expected = spectrum.hessian_operator(loss_fn, one.params, one.batches)(one.params)
+    np.testing.assert_allclose(ravel(product(one.params)), ravel(expected), atol=1e-12)
+
+
+def test_integer_leaves_are_held_constant():
+    params = {"table": jnp.array([2, 0]), "w": jnp.array([1.0, 2.0, 3.0])}
+
+    def loss(p, scale):
+        return scale * jnp.sum(p["w"][p["table"]] ** 3)
+
+    operator = spectrum.hessian_operator(loss, params, [1.0])
+    assert operator.like["table"] is None
+    image = operator({"table": None, "w": jnp.ones(3)})
+    np.testing.assert_allclose(image["w"], [6.0, 0.0, 18.0])
+    selected = spectrum.hessian_operator(loss, params, [1.0], select=lambda *_: True)
+    assert set(selected.like) == {"w"}
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical_fisher"])
+def test_aux_of_a_loss_or_network_is_dropped(kind):
+    one = problems.problem()
+
+    def with_aux(fun):
+        return lambda *args: (fun(*args), {"metric": jnp.ones(3)})
+
+    if kind == "hessian":
+        plain = spectrum.hessian_operator(loss_fn, one.params, one.batches)
+        other = spectrum.hessian_operator(with_aux(loss_fn), one.params, one.batches, has_aux=True)
+    else:
+        make = getattr(spectrum, f"{kind}_operator")
+        plain = make(network, CROSS_ENTROPY, one.params, one.batches)
+        other = make(with_aux(network), CROSS_ENTROPY, one.params, one.batches, has_aux=True)
+    np.testing.assert_array_equal(ravel(other(one.params)), ravel(plain(one.params)))
+
+
+def test_running_statistics_among_the_parameters_are_named():
+    variables = {
+        "params": {"w": jnp.ones(2)},
+        "batch_stats": {"norm": {"mean": jnp.ones(2)}},
+    }
+
+    def loss(variables, x):
+        mean = variables["batch_stats"]["norm"]["mean"]
+        return jnp.mean(x * (variables["params"]["w"] - mean) ** 2)
+
+    batches = [jnp.ones(2)]
+    for call in (
+        lambda: spectrum.hessian_operator(loss, variables, batches),
+        lambda: curvax.hessian_diag(loss, variables, *batches, method="exact"),
+        lambda: pruning.collect_gradients(loss, variables, batches, 1, progress=False),
+    ):
+        with pytest.warns(UserWarning, match="running statistics at batch_stats/norm/mean"):
+            call()
+    chosen = spectrum.hessian_operator(
+        loss, variables, batches, select=lambda path, _: path.startswith("params")
+    )
+    assert chosen.size == 2
 
 
 class TestPreconditioned:
@@ -319,7 +409,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the vector must match"):
             operator(jnp.zeros(4))
 
-    def test_two_products_that_differ_are_a_warning(self):
+    @pytest.mark.parametrize("start", [{"a": jnp.ones(2)}, {"a": jnp.ones(3), "b": jnp.ones(2)}])
+    def test_a_start_that_does_not_match(self, start):
+        operator = spectrum.Operator(lambda v: v, {"a": jnp.ones(2), "b": jnp.ones(2)})
+        with pytest.raises(ValueError, match=r"start must match operator.like.*start has"):
+            spectrum.top_eigenpairs(operator, 1, key=jax.random.key(0), start=start)
+
+    def test_batches_that_change_from_pass_to_pass_cause_a_warning(self):
         key = [jax.random.key(0)]
 
         def batches():
@@ -389,12 +485,12 @@ def test_eigenpairs_of_the_tangent_kernel_widen_narrow_params(dtype):
 
 @pytest.mark.parametrize("size", [-1, 0, 2.5])
 def test_the_full_hessian_takes_whole_examples_at_a_time(size):
-    with pytest.raises(ValueError, match="full_batch_size must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="micro_batch_size must be an integer of at least 1"):
         spectrum.batch_size_study(
             lambda p, x: jnp.mean(x * p) ** 2,
             jnp.zeros(()),
             (jnp.ones(4),),
             [2],
             key=jax.random.key(0),
-            full_batch_size=size,
+            micro_batch_size=size,
         )

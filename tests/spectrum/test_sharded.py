@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from curvax import spectrum
-from curvax.spectrum import _basis, _batches, _lanczos, _operators
+from curvax._trees import Differentiable
+from curvax.curvature import _batch_mean, _operators
+from curvax.spectrum import _basis, _lanczos
 from tests.contract.collectives import collectives, largest_sum, moved
 
 KEY = jax.random.key(0)
@@ -72,14 +74,18 @@ def only_sums_of(compiled, size):
     return not moved(found) and largest_sum(found) <= size
 
 
+def compiled_product():
+    return _operators._hessian_product(loss_fn, has_aux=False, mode="forward_over_reverse")
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_product_sums_activations_and_gathers_nothing(mesh, stacked):
     params = sharded(mesh, make_params())
-    add = _operators._hessian_product(loss_fn).add
-    leaves, treedef = jax.tree.flatten(params)
+    add = compiled_product().add
+    leaves = jax.tree.leaves(params)
     vector = [jnp.stack([leaf, leaf]) for leaf in leaves] if stacked else leaves
     zeros = [jnp.zeros_like(leaf) for leaf in vector]
-    arguments = (stacked, (0, 1), treedef, leaves, (INPUTS,), zeros, 1.0, vector)
+    arguments = (stacked, Differentiable.of(params), (INPUTS,), zeros, 1.0, vector)
     compiled = add.lower(*arguments).compile()
     assert collectives(compiled)  # the parameters are spread indeed
     assert only_sums_of(compiled, len(vector[0]) * NUM_EXAMPLES * WIDTH)
@@ -87,12 +93,11 @@ def test_a_product_sums_activations_and_gathers_nothing(mesh, stacked):
 
 def test_a_linearized_product_gathers_nothing(mesh):
     params = sharded(mesh, make_params())
-    product = _operators._hessian_product(loss_fn)
-    leaves, treedef = jax.tree.flatten(params)
-    compiled = product.linearized.lower((0, 1), treedef, leaves, (INPUTS,), leaves).compile()
+    product, part, leaves = compiled_product(), Differentiable.of(params), jax.tree.leaves(params)
+    compiled = product.linearized.lower(part, (INPUTS,), leaves).compile()
     assert only_sums_of(compiled, NUM_EXAMPLES * WIDTH)
-    linear = product.linearized((0, 1), treedef, leaves, (INPUTS,), leaves)
-    compiled = _batches._add_linear.lower(False, linear, leaves, 1.0, leaves).compile()
+    linear = product.linearized(part, (INPUTS,), leaves)
+    compiled = _batch_mean.add_linear.lower(False, linear, leaves, 1.0, leaves).compile()
     assert only_sums_of(compiled, NUM_EXAMPLES * WIDTH)
 
 

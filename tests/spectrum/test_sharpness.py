@@ -53,7 +53,7 @@ class TestTracker:
         def loss(x):
             return jnp.sum(jnp.array([3.0, -1.0]) * x**2) / 2
 
-        tx = spectrum.track_sharpness(lambda count: 0.5 / (1 + count), num_products=6)
+        tx = spectrum.track_sharpness(lambda count: 0.5 / (1 + count), num_matvecs=6)
         params = jnp.ones(2)
         _, state = tx.update(params, tx.init(params), params, obj_fn=loss)
         np.testing.assert_allclose(state.sharpness, 3.0, rtol=1e-5)
@@ -64,7 +64,7 @@ class TestTracker:
     def test_a_converged_direction_stays_finite(self, diagonal):
         """The vector of an exhausted space was divided by its length of zero."""
         entries = jnp.array(diagonal)
-        tx = spectrum.track_sharpness(0.1, num_products=3)
+        tx = spectrum.track_sharpness(0.1, num_matvecs=3)
         params, state = jnp.ones(2), tx.init(jnp.ones(2))
         for _ in range(6):
             _, state = tx.update(
@@ -123,7 +123,7 @@ class TestTracker:
         tx, ones = spectrum.track_sharpness(0.1), jnp.ones(2)
         with pytest.raises(ValueError, match="needs params and the loss"):
             tx.update(ones, tx.init(ones), ones)
-        for options in ({"every": 0}, {"num_products": 0}, {"trace_decay": 1.0}):
+        for options in ({"every": 0}, {"num_matvecs": 0}, {"trace_decay": 1.0}):
             with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
                 spectrum.track_sharpness(0.1, **options)
 
@@ -167,7 +167,7 @@ class TestBatchSizes:
                 [4, 41],
                 key=jax.random.key(0),
                 num_draws=3,
-                full_batch_size=15,
+                micro_batch_size=15,
                 tolerance=1e-6,
             )
             exact = np.linalg.eigvalsh(problems.dense_hessian(one))
@@ -236,8 +236,11 @@ def test_plots_draw_on_given_axes_and_touch_nothing_global():
     assert spectrum.plot_density(density, outliers=[361.0], ax=axes[0]) is axes[0]
     assert spectrum.plot_density(density, log_x=True, ax=axes[1]).get_xscale() == "symlog"
     assert spectrum.plot_sharpness([0, 1], [1.0, 2.0], [0.5, 0.4], ax=axes[2]) is axes[2]
-    traces = {"a": spectrum.trace(operator, key=jax.random.key(0), num_probes=2)}
-    assert spectrum.plot_layer_traces(traces, ax=axes[3]) is axes[3]
+    trace = spectrum.trace(operator, key=jax.random.key(0), num_probes=2)
+    assert spectrum.plot_layer_traces(trace, ax=axes[3]) is axes[3]
+    by_parts = spectrum.trace(operator, key=jax.random.key(0), num_probes=2, method="hutch++")
+    with pytest.raises(ValueError, match='no values by leaf: use method="hutchinson"'):
+        spectrum.plot_layer_traces(by_parts)
 
 
 def test_hidden_parts_of_the_params_are_an_error_that_says_where_to_put_it():

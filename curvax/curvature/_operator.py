@@ -1,6 +1,7 @@
-"""Symmetric operators on trees: a product, what it takes, and its hand-over to other libraries."""
+"""Symmetric operators on trees: a product, what it takes, and its forms in other libraries."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,26 +10,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from curvax._checks import check_count, check_like, check_range, path_name
-from curvax.curvature import random_probe
+from curvax._checks import check_count, check_like, check_range
+from curvax._trees import PyTree, named_leaves, tree_dot, tree_norm, widen
+from curvax.curvature._probes import Distribution, random_probe
 
-PyTree = Any
+
+class ById:
+    """A part of a tree's structure that is equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
+@jax.tree_util.register_pytree_node_class
 class Operator:
     r"""A symmetric matrix $A$ known by its products with trees.
 
-    Made by `hessian_operator` and its relatives, or from any symmetric product.
+    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is a
+    tree itself and may be an argument of a jitted function. Its arrays are ``like`` and those of
+    ``product`` where that is a tree, as `jax.tree_util.Partial` is; what a plain function closes
+    over is a constant there.
 
     Args:
       product: ``vector -> A vector``, on trees like ``like``.
       like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
-      products: ``vectors -> [A vector for each]``, for several at once; by default they are taken
-        one after the other.
+      products: ``vectors -> [A vector for each]``, for several at once; by default the method
+        ``products`` of ``product``, or one product after the other where it has none.
 
     Attributes:
       like: that tree, in float32 or wider.
-      size: the number of rows of $A$.
 
     Raises:
       ValueError: if ``like`` has no entries, or leaves that are not real.
@@ -49,23 +65,44 @@ class Operator:
         *,
         products: Callable[[Sequence[PyTree]], list[PyTree]] | None = None,
     ) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        for name, leaf in named_leaves(like):
             dtype = jnp.result_type(leaf)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(
                     f"an operator's vectors are real floating-point, got {dtype} at "
-                    f"{path_name(path)}: leave the leaf out, with select where that is offered."
+                    f"{name}: leave the leaf out, with select where that is offered."
                 )
-        self.like = jax.tree.map(wide, like)
-        self.size = sum(leaf.size for leaf in jax.tree.leaves(like))
+        self.like = jax.tree.map(widen, like)
+        self._product = product
+        self._products = products or getattr(product, "products", None)
         if not self.size:
             raise ValueError("an operator needs vectors with at least one entry.")
-        self._product = product
-        self._products = products
+
+    @property
+    def size(self) -> int:
+        """The number of rows of $A$."""
+        return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(self.like))
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """The operator as a tree: ``like``, and the product where it has arrays."""
+        if jax.tree_util.all_leaves([self._product]):
+            return (self.like, None), (ById(self._product), ById(self._products))
+        return (self.like, self._product), None
+
+    @classmethod
+    def tree_unflatten(cls, functions: Any, children: tuple[Any, ...]) -> "Operator":
+        """The operator again, unchecked: the arrays may be traced."""
+        operator = object.__new__(cls)
+        operator.like, operator._product = children
+        if functions is None:
+            operator._products = getattr(operator._product, "products", None)
+        else:
+            operator._product, operator._products = (one.value for one in functions)
+        return operator
 
     def __call__(self, vector: PyTree) -> PyTree:
         """$A v$, in float32 or wider."""
-        check_like("the vector", vector, self.like)
+        check_like("the vector", vector, self.like, "operator.like")
         return self._cast(self._product(self._cast(vector)))
 
     def products(self, vectors: Sequence[PyTree]) -> list[PyTree]:
@@ -73,14 +110,14 @@ class Operator:
         if len(vectors) == 1 or self._products is None:
             return [self(vector) for vector in vectors]
         for vector in vectors:
-            check_like("a vector", vector, self.like)
+            check_like("a vector", vector, self.like, "operator.like")
         images = self._products([self._cast(vector) for vector in vectors])
         return [self._cast(image) for image in images]
 
     def _cast(self, vector: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), vector, self.like)
 
-    def random_vector(self, key: jax.Array, distribution: Any = "normal") -> PyTree:
+    def random_vector(self, key: jax.Array, distribution: Distribution = "normal") -> PyTree:
         """A tree of independent entries of mean zero and variance one."""
         leaves, treedef = jax.tree.flatten(self.like)
         shardings = tuple(_named_sharding(leaf) for leaf in leaves)
@@ -158,21 +195,8 @@ def check_symmetric(
 
 
 def in_groups(items: jax.Array, size: int) -> Iterator[jax.Array]:
-    """Consecutive groups of so many items, the last of what is left."""
+    """Consecutive groups of ``size`` items; the last may be smaller."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@jax.jit
-def tree_dot(first: PyTree, second: PyTree) -> jax.Array:
-    """The sum of products of entries."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b), first, second)
-    return jnp.sum(jnp.stack(jax.tree.leaves(products)))
-
-
-@jax.jit
-def tree_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm."""
-    return jnp.sqrt(tree_dot(tree, tree))
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,14 +209,3 @@ def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
     # Within a caller's graph, the compiler decides.
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-def wide(leaf: Any) -> jax.Array:
-    """The leaf in float32, or what is wider."""
-    dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-    return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(dtype))
-
-
-def wide_if_floating(leaf: Any) -> Any:
-    """The same for real leaves; others, such as integers, stay as they are."""
-    return wide(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf

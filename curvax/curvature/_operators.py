@@ -4,24 +4,27 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
-from curvax._checks import checked_loss
-from curvax.curvature import fisher_vp, ggn_vp, hvp
-from curvax.spectrum._batches import CompiledProduct, Select, over_batches
-from curvax.spectrum._operator import Operator
-
-PyTree = Any
+from curvax._checks import check_choice, scalar_loss
+from curvax._trees import Differentiable, Leaves, PyTree, Select
+from curvax.curvature._batch_mean import BatchWeight, CompiledProduct, over_batches
+from curvax.curvature._compiled import compiled_once
+from curvax.curvature._gauss_newton import Loss, fisher_vp, ggn_vp
+from curvax.curvature._jacobian import Network
+from curvax.curvature._modes import MODES, JacobianMode, Mode
+from curvax.curvature._operator import Operator
+from curvax.curvature._products import hvp
 
 
 def hessian_operator(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: Callable[..., Any],
     params: PyTree,
     batches: Iterable[Any],
     *,
     select: Select | None = None,
-    batch_weight: Callable[..., float] | None = None,
+    batch_weight: BatchWeight | None = None,
     linearize: bool | None = None,
+    has_aux: bool = False,
+    mode: Mode = "forward_over_reverse",
     check_deterministic: bool = True,
 ) -> Operator:
     r"""The Hessian of a loss over one batch or a whole data set.
@@ -30,23 +33,26 @@ def hessian_operator(
     $b$: an uneven last batch counts by its size. The product with one batch is compiled and called
     from the host for each, so that data may be streamed, and the gradients of convolutions
     stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, other values that
-    ``loss_fn`` closes over are those of its first call: what changes belongs into ``params`` or
-    ``batches``. Parameters narrower than float32 are widened.
+    ``loss_fn`` closes over are those of its first call: what changes must be in ``params`` or
+    ``batches``. Parameters narrower than float32 are widened. Integer and bool leaves are held
+    constant: vectors have None in their place.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch, in evaluation mode.
       params: the parameters.
-      batches: an iterable of the further arguments of ``loss_fn``: a tuple of them, or a single one
-        that is no tuple. It is gone through at each product; an iterator, which could not be, is
-        read into a list.
+      batches: an iterable of the further arguments of ``loss_fn``: a tuple or list of them, or a
+        single one that is neither. Lists, tuples and iterators of batches are kept, and their
+        arrays are the operator's own under ``jax.jit``; any other iterable is read once a product.
       select: ``(path, leaf) -> bool``, the leaves that the operator is restricted to; vectors are
         then dictionaries of paths.
-      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the length of the first axis
-        of the first array, one where there is none.
+      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the length of the first axis,
+        on which all arrays must agree, one where there is none.
       linearize: whether what a product needs from the network is computed once for each batch and
         kept, which saves about a third of a product's time for about the memory that the product
-        of a batch takes, times the number of batches. None for yes where ``batches`` is a list of
-        a single one.
+        of a batch takes, times the number of batches. None for yes where there is a single batch
+        that is kept, and ``mode`` is not ``"finite_differences"``, which has nothing to keep.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
+      mode: how products are taken, see `curvax.value_grad_and_hvp`.
       check_deterministic: whether to compare two products of the same vector and warn if they
         differ: batches that are augmented, or bring a new key for dropout, at each pass.
 
@@ -54,7 +60,8 @@ def hessian_operator(
       The operator.
 
     Raises:
-      ValueError: if there are no batches, the loss is not a real scalar, or ``select`` selects
+      ValueError: if there are no batches, the first axes of a batch disagree, the loss is not a
+        real scalar or has an operation that ``mode`` does not allow, or ``select`` selects
         nothing.
 
     Example:
@@ -68,8 +75,14 @@ def hessian_operator(
       >>> print(3 * operator(jnp.ones(2)))
       [1. 8.]
     """
+    check_choice("mode", mode, MODES)
+    if mode == "finite_differences":
+        if linearize:
+            raise ValueError('linearize=True has nothing to keep with mode="finite_differences".')
+        linearize = False
     return over_batches(
-        _hessian_product(loss_fn),
+        compiled_once(_hessian_product, loss_fn, has_aux=has_aux, mode=mode),
+        loss_fn,
         params,
         batches,
         select=select,
@@ -80,14 +93,16 @@ def hessian_operator(
 
 
 def ggn_operator(
-    network: Callable[..., jax.Array],
-    loss: Any,
+    network: Network,
+    loss: Loss,
     params: PyTree,
     batches: Iterable[Any],
     *,
     select: Select | None = None,
-    batch_weight: Callable[..., float] | None = None,
+    batch_weight: BatchWeight | None = None,
     linearize: bool | None = None,
+    has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     check_deterministic: bool = True,
 ) -> Operator:
     r"""The generalized Gauss-Newton matrix $J^T H_\ell J$ over one batch or a whole data set.
@@ -96,10 +111,13 @@ def ggn_operator(
       network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
       loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it.
+      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. Where
+        targets have weights, ``batch_weight`` should give their sum.
       select: as `hessian_operator` takes it.
       batch_weight: see there.
       linearize: see there.
+      has_aux: whether ``network`` returns ``(outputs, aux)``; the aux is dropped.
+      mode: as `curvax.ggn_vp` takes it.
       check_deterministic: see there.
 
     Returns:
@@ -117,8 +135,10 @@ def ggn_operator(
       >>> print(operator(jnp.ones((2, 1))).ravel())
       [3. 6.]
     """
+    options = {"kind": "ggn", "has_aux": has_aux, "mode": mode}
     return over_batches(
-        _output_product(network, loss, "ggn"),
+        compiled_once(_output_product, network, loss, **options),
+        (network, loss),
         params,
         batches,
         select=select,
@@ -129,14 +149,16 @@ def ggn_operator(
 
 
 def empirical_fisher_operator(
-    network: Callable[..., jax.Array],
-    loss: Any,
+    network: Network,
+    loss: Loss,
     params: PyTree,
     batches: Iterable[Any],
     *,
     select: Select | None = None,
-    batch_weight: Callable[..., float] | None = None,
+    batch_weight: BatchWeight | None = None,
     linearize: bool | None = None,
+    has_aux: bool = False,
+    mode: JacobianMode = "forward_over_reverse",
     check_deterministic: bool = True,
 ) -> Operator:
     r"""The empirical Fisher matrix $\frac1N \sum_n g_n g_n^T$ of the gradients of all examples.
@@ -149,6 +171,8 @@ def empirical_fisher_operator(
       select: see there.
       batch_weight: see there.
       linearize: see there.
+      has_aux: whether ``network`` returns ``(outputs, aux)``; the aux is dropped.
+      mode: as `curvax.ggn_vp` takes it.
       check_deterministic: see there.
 
     Returns:
@@ -166,8 +190,10 @@ def empirical_fisher_operator(
       >>> print(operator(jnp.ones((2, 1))).ravel())  # gradients (-1, 0) and (0, -2)
       [0.5 2. ]
     """
+    options = {"kind": "empirical_fisher", "has_aux": has_aux, "mode": mode}
     return over_batches(
-        _output_product(network, loss, "empirical_fisher"),
+        compiled_once(_output_product, network, loss, **options),
+        (network, loss),
         params,
         batches,
         select=select,
@@ -177,27 +203,28 @@ def empirical_fisher_operator(
     )
 
 
-# A loss or network is compiled once, however many operators are made of it.
+def _hessian_product(loss_fn: Callable[..., Any], *, has_aux: bool, mode: Mode) -> CompiledProduct:
+    loss = scalar_loss(loss_fn, has_aux)
+
+    def product(part: Differentiable, vector: Leaves, *arguments: Any) -> Leaves:
+        def of_part(leaves: Leaves, *arguments: Any) -> Any:
+            return loss(part.params(leaves), *arguments)[0]
+
+        return hvp(of_part, part.select(part.leaves), vector, *arguments, mode=mode)
+
+    return CompiledProduct.of(product)
 
 
-@functools.lru_cache(maxsize=8)
-def _hessian_product(loss_fn: Callable[..., Any]) -> CompiledProduct:
-    loss = checked_loss(loss_fn, has_aux=False)
+def _output_product(
+    network: Network, loss: Loss, *, kind: str, has_aux: bool, mode: JacobianMode
+) -> CompiledProduct:
+    take: Any = ggn_vp if kind == "ggn" else functools.partial(fisher_vp, empirical=True)
 
-    def product(merge: Any, part: list[Any], vector: list[Any], *arguments: Any) -> list[Any]:
-        def of_part(part: list[Any], *arguments: Any) -> jax.Array:
-            return loss(merge(part), *arguments)[0]
+    def product(part: Differentiable, vector: Leaves, *arguments: Any) -> Leaves:
+        def of_part(leaves: Leaves, inputs: Any) -> Any:
+            return network(part.params(leaves), inputs)
 
-        return hvp(of_part, part, vector, *arguments)
+        leaves = part.select(part.leaves)
+        return take(of_part, loss, leaves, vector, *arguments, has_aux=has_aux, mode=mode)
 
-    return CompiledProduct(product)
-
-
-@functools.lru_cache(maxsize=8)
-def _output_product(network: Callable[..., Any], loss: Any, kind: str) -> CompiledProduct:
-    take = ggn_vp if kind == "ggn" else functools.partial(fisher_vp, empirical=True)
-
-    def product(merge: Any, part: list[Any], vector: list[Any], *arguments: Any) -> list[Any]:
-        return take(lambda part, x: network(merge(part), x), loss, part, vector, *arguments)
-
-    return CompiledProduct(product)
+    return CompiledProduct.of(product)

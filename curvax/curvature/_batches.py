@@ -1,0 +1,56 @@
+"""Batches: the arguments that they stand for, how many examples they hold, and their parts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._trees import named_leaves
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """The further arguments of a loss: the items of a tuple or list, anything else by itself."""
+    arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    for name, leaf in named_leaves(arguments):
+        if not isinstance(leaf, _ARRAYS) and not hasattr(leaf, "__jax_array__"):
+            kind = type(leaf)
+            raise ValueError(
+                f"a batch holds a {kind.__module__}.{kind.__qualname__} at {name}, and JAX takes "
+                "arrays: convert it, jax.tree.map(np.asarray, batch) for tensors on the CPU, or "
+                "leave it out of the batch."
+            )
+    return arguments
+
+
+def num_examples(arguments: Any, advice: str) -> int | None:
+    """The length of the first axis, on which all arrays must agree; None where there is none.
+
+    Scalars, such as a typed PRNG key, belong to all examples.
+    """
+    sizes = {name: jnp.shape(leaf)[0] for name, leaf in named_leaves(arguments) if jnp.ndim(leaf)}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{size} at {name}" for name, size in sizes.items())
+        raise ValueError(
+            f"the first axes of a batch's arrays count its examples and must agree, got {found}: "
+            f"{advice}."
+        )
+    return next(iter(sizes.values()), None)
+
+
+def parts(arguments: Any, size: int) -> Iterator[tuple[Any, int]]:
+    """Parts of a batch of ``size`` examples, the last of what is left, and their numbers."""
+    number = num_examples(arguments, "put what has no examples into the loss, by a closure")
+    if number is None:
+        raise ValueError(
+            "a batch to be cut into parts must hold an array with an axis of examples."
+        )
+    for start in range(0, number, size):
+        stop = min(start + size, number)
+        yield (
+            jax.tree.map(lambda x, a=start, b=stop: x[a:b] if jnp.ndim(x) else x, arguments),
+            (stop - start),
+        )

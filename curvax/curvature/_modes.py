@@ -1,0 +1,90 @@
+"""How products are taken, and what to do where an operation does not allow it."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+
+from curvax._checks import is_traced
+from curvax.curvature._compiled import Static
+
+Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
+JacobianMode = Literal["forward_over_reverse", "reverse_over_reverse"]
+
+MODES: tuple[Mode, ...] = (
+    "forward_over_reverse",
+    "reverse_over_reverse",
+    "finite_differences",
+)
+# What JAX says of an operation without the rule that a derivative of its gradient needs.
+_NO_RULE = re.compile(
+    "forward-mode (auto)?diff|Differentiation rule for|do not support JVP|Transpose rule"
+)
+
+
+@contextlib.contextmanager
+def explained(mode: str, *, finite_differences: bool = True) -> Iterator[None]:
+    """Says which ``mode`` to pass instead where JAX finds no rule for this one."""
+    try:
+        yield
+    except (TypeError, NotImplementedError, ValueError) as error:
+        if isinstance(error, NoRuleError) or not _NO_RULE.search(str(error)):
+            raise
+        raise NoRuleError(_advice(mode, finite_differences)) from error
+
+
+def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
+    """``fun(*args)``, with an error at once where its graph would fail when it is compiled.
+
+    Under ``jax.jit`` JAX refuses the forward mode of a custom_vjp function only then. Outside of
+    it, that is when an operation is called.
+    """
+    if not any(map(is_traced, jax.tree.leaves(args))):
+        return fun(*args)
+    rest: list[Static] = []
+
+    def arrays(*args: Any) -> list[Any]:
+        found, static = Static.split(fun(*args))
+        rest.append(static)
+        return found
+
+    graph = jax.make_jaxpr(arrays)(*args)
+    check_graph(graph.jaxpr)
+    outputs = jaxpr_as_fun(graph)(*jax.tree.leaves(args))
+    return rest[-1].merge(outputs)
+
+
+def check_graph(graph: Any) -> None:
+    """Raises if a graph has the forward mode of a function that has none."""
+    for equation in graph.eqns:
+        if equation.primitive.name == "custom_lin":
+            raise TypeError("forward-mode differentiation of a custom_vjp function")
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_graph):
+            if _is_graph(inner):
+                check_graph(getattr(inner, "jaxpr", inner))
+
+
+def _is_graph(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+class NoRuleError(ValueError):
+    """An operation of the loss has no rule for the derivatives that a mode takes."""
+
+
+def _advice(mode: str, finite_differences: bool) -> str:
+    last = 'mode="finite_differences"'
+    if mode == "forward_over_reverse":
+        then = f", or {last} if its backward pass has no derivative either" * finite_differences
+        return (
+            "an operation of the loss or network, such as a jax.custom_vjp kernel, has no "
+            f'forward-mode rule, which mode="{mode}" needs: pass mode="reverse_over_reverse"{then}.'
+        )
+    advice = f": pass {last}" if finite_differences else ""
+    return (
+        "the backward pass of an operation of the loss or network, such as a kernel, has no "
+        f'derivative of its own, which mode="{mode}" needs{advice}.'
+    )
