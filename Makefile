@@ -13,10 +13,11 @@ demo: $(VENV)/.examples
 demo-prune: $(VENV)/.examples
 	$(BIN)/python examples/prune_digits.py $(ARGS)
 
-# Tests mostly compile small programs: code generated in haste halves their time. The tests with
-# the oldest dependencies, the notebooks and the benchmarks run what users run.
+# Tests mostly compile small programs: they are optimized less, and each is compiled once for all
+# modules and workers. A plain `pytest` runs what users run.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test: export XLA_FLAGS := --xla_cpu_use_fusion_emitters=false
+test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -49,7 +50,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-wheel build dist site
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-wheel build dist site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ def batch_like(params, size=5, seed=7):
 def dense_hessian(loss, params, *args):
     """The Hessian over the raveled params, as a NumPy array."""
     flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda x: loss(unravel(x), *args))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x), *args)))(flat))
 
 
 def ravel(tree):

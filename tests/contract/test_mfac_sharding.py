@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import cache
 
 import chex
 import jax
@@ -15,11 +16,12 @@ from .meshes import AXIS_TYPES, make_mesh, network, sharded
 
 NUM_GRADS = 16
 every_mesh = pytest.mark.parametrize("kind", AXIS_TYPES)
-every_window = pytest.mark.parametrize(
-    "options",
-    [{}, {"window_dtype": "bfloat16", "max_update_norm": 1.0}, {"density": 0.1}],
-    ids=["dense", "low", "sparse"],
-)
+WINDOWS = {
+    "dense": {},
+    "low": {"window_dtype": "bfloat16", "max_update_norm": 1.0},
+    "sparse": {"density": 0.1},
+}
+every_window = pytest.mark.parametrize("window", WINDOWS)
 # Of its sides and its corner, leaves are split over one axis of the mesh, the other, both, none.
 SPECS = {
     "conv": {"kernel": P(None, None, None, "x")},
@@ -29,12 +31,13 @@ SPECS = {
 }
 
 
-def compiled_update(kind, options):
+@cache
+def compiled_update(kind, window):
     mesh = make_mesh(kind, (4, 2), ("x", "y"))
     with jax.set_mesh(mesh):
         params = sharded(network(), mesh, SPECS)
         grads = jax.tree.map(lambda leaf: leaf + 0.5, params)
-        tx = curvax.scale_by_mfac(num_grads=NUM_GRADS, momentum=0.9, **options)
+        tx = curvax.scale_by_mfac(num_grads=NUM_GRADS, momentum=0.9, **WINDOWS[window])
         state = tx.init(params)
         return jax.jit(tx.update).lower(grads, state, params).compile()
 
@@ -51,8 +54,8 @@ def sums_by_devices(compiled):
 
 @every_window
 @every_mesh
-def test_an_update_sums_a_few_numbers_a_row_and_gathers_nothing(kind, options):
-    compiled = compiled_update(kind, options)
+def test_an_update_sums_a_few_numbers_a_row_and_gathers_nothing(kind, window):
+    compiled = compiled_update(kind, window)
     found = collectives(compiled)
     assert not moved(found), found
     assert largest_sum(found) <= 4 * NUM_GRADS, found
@@ -60,8 +63,8 @@ def test_an_update_sums_a_few_numbers_a_row_and_gathers_nothing(kind, options):
 
 @every_window
 @every_mesh
-def test_sums_are_combined_to_one_for_each_set_of_mesh_axes(kind, options):
-    sums = sums_by_devices(compiled_update(kind, options))
+def test_sums_are_combined_to_one_for_each_set_of_mesh_axes(kind, window):
+    sums = sums_by_devices(compiled_update(kind, window))
     assert sums, "sharded leaves must be summed"
     assert max(sums.values()) == 1, sums
 

@@ -47,7 +47,7 @@ def problem(seed=0, hidden=8, dtype=jnp.float64):
 def dense(fun, params):
     """The Hessian of ``fun`` over the raveled params."""
     flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda x: fun(unravel(x)))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda x: fun(unravel(x))))(flat))
 
 
 def dense_hessian(one):
