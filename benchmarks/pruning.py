@@ -279,7 +279,7 @@ def predicted_and_measured(
                 method=method,
                 block_size=128,
                 damping=args.damping,
-                predicate=lambda name, _, path=path: name == path,
+                select=lambda name, _, path=path: name == path,
             )
             pruned = variables._replace(params=result.params)
             measured = evaluate(pruned, images, labels)["loss"] - dense

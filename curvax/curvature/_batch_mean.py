@@ -209,7 +209,7 @@ def _part(params: PyTree, select: Select | None) -> tuple[Differentiable, PyTree
         )
     if not chosen:
         raise ValueError(
-            f"select selects no leaf of params; their paths are: {', '.join(paths) or 'none'}."
+            f"select chooses no leaf of params; their paths are: {', '.join(paths) or 'none'}."
         )
     positions = tuple(position for _, position in chosen)
     part = Differentiable(part.treedef, part.leaves, positions)

@@ -61,7 +61,7 @@ def hessian_operator(
 
     Raises:
       ValueError: if there are no batches, the first axes of a batch disagree, the loss is not a
-        real scalar or has an operation that ``mode`` does not allow, or ``select`` selects
+        real scalar or has an operation that ``mode`` does not allow, or ``select`` chooses
         nothing.
 
     Example:

@@ -1,7 +1,7 @@
 """Which leaves are pruned, and the weights of theirs that are still alive."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,7 @@ import numpy as np
 
 from curvax._checks import check_like
 from curvax._layouts import KernelLayout, Layout, is_no_kernel, kernel_layout
-from curvax._trees import PyTree, path_name, widen
-
-Predicate = Callable[[str, Any], bool]
+from curvax._trees import PyTree, Select, path_name, widen
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -59,16 +57,16 @@ class Leaf(NamedTuple):
 
 
 def selected_leaves(
-    params: PyTree, mask: PyTree | None, predicate: Predicate, layout: Layout = "auto"
+    params: PyTree, mask: PyTree | None, select: Select, layout: Layout = "auto"
 ) -> list[Leaf]:
-    """The leaves that ``predicate`` selects, with what ``mask`` keeps of them."""
+    """The leaves that ``select`` chooses, with the weights that ``mask`` keeps."""
     check_mask(mask, params)
     entries = jax.tree_util.tree_leaves_with_path(params)
     masks = [None] * len(entries) if mask is None else jax.tree.leaves(mask)
     leaves = []
     for index, ((path, leaf), kept) in enumerate(zip(entries, masks, strict=True)):
         name = path_name(path)
-        if not leaf.size or not predicate(name, leaf):
+        if not leaf.size or not select(name, leaf):
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"only real weights can be pruned, got {leaf.dtype} at {name}.")
@@ -80,7 +78,7 @@ def selected_leaves(
         raise ValueError("mask has pruned all weights of the selected leaves: none is left.")
     if not leaves:
         names = ", ".join(path_name(path) for path, _ in entries) or "none"
-        raise ValueError(f"predicate selects no leaf of params; their paths are: {names}.")
+        raise ValueError(f"select chooses no leaf of params; their paths are: {names}.")
     return leaves
 
 

@@ -218,7 +218,7 @@ def _steps(
     options: Mapping[str, Any],
 ) -> list[Sparsity]:
     """The sparsities of each step, from the present ones on."""
-    leaves = selected_leaves(params, mask, options.get("predicate", is_kernel))
+    leaves = selected_leaves(params, mask, options.get("select", is_kernel))
     scope = options.get("scope", "global")
     names, paths = [], []
     for pool in pools(leaves, target, scope):

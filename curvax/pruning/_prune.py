@@ -9,10 +9,10 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
-from curvax._trees import PyTree
+from curvax._trees import PyTree, Select
 from curvax.fisher._static import checked_leaves
 from curvax.pruning._greedy import greedy_scores
-from curvax.pruning._leaves import Leaf, Predicate, alive_columns, is_kernel, selected_leaves
+from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._result import PruneResult, layer_sparsities
 from curvax.pruning._scores import (
     FisherOptions,
@@ -38,7 +38,7 @@ def prune(
     method: str = "obs",
     update: str | None = None,
     mask: PyTree | None = None,
-    predicate: Predicate = is_kernel,
+    select: Select = is_kernel,
     scope: str = "global",
     structure: Structure | None = None,
     layout: Layout = "auto",
@@ -82,7 +82,7 @@ def prune(
       method: the scores, see above.
       update: the update of the kept weights, see above.
       mask: the weights that are alive, a tree of bool like ``params``; None for all.
-      predicate: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
+      select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
       scope: ``"global"`` compares the scores of all leaves, ``"layer"`` prunes each to its
         sparsity.
       structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
@@ -98,7 +98,7 @@ def prune(
       The pruned parameters, their mask, sparsities and the predicted loss change.
 
     Raises:
-      ValueError: if an option is out of range, ``predicate`` selects nothing, ``mask`` or
+      ValueError: if an option is out of range, ``select`` chooses nothing, ``mask`` or
         ``grads`` do not match ``params``, gradients are missing or not finite, or ``sparsity`` is
         below what is pruned already.
 
@@ -126,7 +126,7 @@ def prune(
         block_scope=block_scope,
     )
     target = explicit_target(sparsity, structure)
-    leaves = selected_leaves(params, mask, predicate, layout)
+    leaves = selected_leaves(params, mask, select, layout)
     columns = None
     if grads is not None:
         columns = alive_columns(grads, params, leaves)
@@ -190,11 +190,11 @@ def check_options(
     damping: float = 1e-5,
     block_size: int | None = None,
     block_scope: str = "tree",
-    predicate: Predicate | None = None,
+    select: Select | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Raises unless the options of `prune`, each by itself, are what they can be."""
-    del predicate, mesh
+    del select, mesh
     check_choice("method", method, METHODS)
     if update is not None:
         check_choice("update", update, UPDATES)

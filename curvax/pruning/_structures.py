@@ -81,7 +81,7 @@ def _runs(leaf: Leaf, structure: NM | WeightBlocks) -> np.ndarray:
     if rest:
         raise ValueError(
             f"{structure} needs a fan-in that {length} divides, got {leaf.shape[axis]} at "
-            f"{leaf.path}; leave the leaf out with predicate."
+            f"{leaf.path}; leave the leaf out with select."
         )
     shape = (*leaf.shape[:axis], runs, *leaf.shape[axis + 1 :])
     return np.repeat(np.arange(math.prod(shape)).reshape(shape), length, axis=axis)
@@ -96,7 +96,7 @@ def _known_layout(leaf: Leaf, structure: Structure) -> KernelLayout:
             f"{structure} needs the axes of fan-in and outputs, and {leaf.path} of shape "
             f"{leaf.shape} is taken for {found!r}: name them, with layout={{{leaf.path!r}: "
             f"{letters!r}}} for (stacked axes, fan-in, outputs), or leave the leaf out with "
-            "predicate."
+            "select."
         )
     return layout
 

@@ -54,15 +54,15 @@ def test_options_are_checked(options, message):
         prune(**options)
 
 
-def test_a_predicate_that_selects_nothing_is_an_error_with_the_paths():
-    with pytest.raises(ValueError, match=r"selects no leaf.*conv/bias, conv/kernel, dense/kernel"):
-        prune(predicate=lambda path, leaf: False)
+def test_a_selection_of_nothing_is_an_error_with_the_paths():
+    with pytest.raises(ValueError, match=r"chooses no leaf.*conv/bias, conv/kernel, dense/kernel"):
+        prune(select=lambda path, leaf: False)
 
 
 def test_integer_weights_are_refused():
     params = {"kernel": jnp.ones((2, 2), int)}
     with pytest.raises(ValueError, match="only real weights can be pruned, got int32 at kernel"):
-        pruning.prune(params, None, 0.5, method="magnitude", predicate=lambda *_: True)
+        pruning.prune(params, None, 0.5, method="magnitude", select=lambda *_: True)
 
 
 @pytest.mark.parametrize("method", ["obs", "greedy", "fisher"])
@@ -154,5 +154,5 @@ def test_a_leaf_without_known_outputs_needs_a_layout():
             0.5,
             method="magnitude",
             structure=pruning.OutputUnits(),
-            predicate=lambda *_: True,
+            select=lambda *_: True,
         )

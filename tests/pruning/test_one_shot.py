@@ -82,7 +82,7 @@ def test_sparsities_by_pattern_and_n_of_m_reach_their_targets():
     _, _, by_pattern = one_shot({"first": 0.5, "second": 0.25})
     assert [layer.sparsity for layer in by_pattern.layers] == pytest.approx([0.5, 0.25])
     _, _, by_group = one_shot(
-        None, structure=pruning.NM(1, 2), predicate=lambda path, leaf: path == "first/kernel"
+        None, structure=pruning.NM(1, 2), select=lambda path, leaf: path == "first/kernel"
     )
     assert by_group.layers[0].sparsity == 0.5
 

@@ -262,7 +262,7 @@ def test_a_step_from_a_mask_works_on_the_alive_weights_alone():
 
 def test_what_is_not_selected_stays_as_it_is():
     params, rows = problem()
-    result = pruning.prune(params, rows, 0.9, predicate=lambda path, leaf: path == "dense/kernel")
+    result = pruning.prune(params, rows, 0.9, select=lambda path, leaf: path == "dense/kernel")
     for path in (("conv", "kernel"), ("conv", "bias")):
         np.testing.assert_array_equal(result.params[path[0]][path[1]], params[path[0]][path[1]])
         assert np.all(result.mask[path[0]][path[1]])

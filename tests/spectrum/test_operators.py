@@ -394,7 +394,7 @@ class TestBadInput:
 
     def test_a_selection_of_nothing(self):
         one = problems.problem()
-        with pytest.raises(ValueError, match=r"selects no leaf.*first/bias, first/kernel"):
+        with pytest.raises(ValueError, match=r"chooses no leaf.*first/bias, first/kernel"):
             spectrum.hessian_operator(loss_fn, one.params, one.batches, select=lambda *_: False)
 
     def test_leaves_that_are_not_real(self):
