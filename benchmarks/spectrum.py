@@ -231,7 +231,7 @@ def edge(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
 
     results = {}
     for rate in tqdm(args.edge_rates, desc="rates"):
-        tx = optax.chain(spectrum.track_sharpness(rate, every=5), optax.sgd(rate))
+        tx = optax.chain(spectrum.track_sharpness(rate, update_interval=5), optax.sgd(rate))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params: Any, state: Any, tx: Any = tx) -> Any:

@@ -41,32 +41,33 @@ class TrackSharpnessState(NamedTuple):
 def track_sharpness(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    every: int = 1,
+    update_interval: int = 1,
     num_matvecs: int = 4,
     trace_decay: float = 0.9,
     from_outside: bool = False,
     mode: Mode = "forward_over_reverse",
     key: jax.Array | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Measures the Hessian's largest eigenvalue on the way, and hands updates on as they are.
+    r"""Measures the Hessian's largest eigenvalue during training and passes updates through.
 
-    Every ``every`` steps the largest Ritz value of a few Lanczos steps is taken, started from the
-    Ritz vector of the last time: along a run the top eigenvector turns slowly, and the value
-    catches up within a few measurements. The cost of a measurement is ``num_matvecs + 1``
-    Hessian-vector products, about ``2 num_matvecs + 2`` gradients: with ``every=50`` and the
-    defaults a fifth of a step. It is the sharpness of the loss that it is given: of the batch's, if
-    ``obj_fn`` is that.
+    Every ``update_interval`` steps it takes the largest Ritz value of a few Lanczos steps, started
+    from the previous Ritz vector: the top eigenvector turns slowly during training, and the value
+    catches up within a few measurements. A measurement costs ``num_matvecs + 1`` Hessian-vector
+    products, about ``2 num_matvecs + 2`` gradients: with ``update_interval=50`` and the other
+    defaults, a fifth of a step. It measures the sharpness of the loss it is given: the batch's, if
+    ``obj_fn`` is the loss of a batch.
 
-    With ``every > 1`` the measurement is in a conditional, where XLA's CPU backend computes the
-    gradients of convolutions slowly. There, measure outside (`top_eigenpairs` with ``start``) and
-    hand in the value: ``tx.update(..., sharpness=value)`` with ``from_outside=True``.
+    With ``update_interval > 1`` the measurement is in a conditional, where XLA's CPU backend
+    computes the gradients of convolutions slowly. There, measure outside (`top_eigenpairs` with
+    ``start``) and pass in the value: ``tx.update(..., sharpness=value)`` with
+    ``from_outside=True``.
 
     Args:
       learning_rate: that of the chain, a number or a schedule.
-      every: steps from one measurement to the next.
+      update_interval: the number of steps from one measurement to the next.
       num_matvecs: Lanczos steps of a measurement; more where the top eigenvalues are close.
       trace_decay: decay of the average of the trace, which has one probe a measurement.
-      from_outside: whether the sharpness is handed to ``update``; nothing is measured then, and no
+      from_outside: whether the sharpness is passed to ``update``; nothing is measured then, and no
         direction is kept.
       mode: how products are taken, see `curvax.value_grad_and_hvp`.
       key: a PRNG key or an integer seed; ``jax.random.key(0)`` by default.
@@ -93,13 +94,13 @@ def track_sharpness(
       Cohen et al., [Gradient descent on neural networks typically occurs at the edge of
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
-    check_size("every", every)
+    check_size("update_interval", update_interval)
     check_choice("mode", mode, MODES)
     check_size("num_matvecs", num_matvecs)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
     def init(params: PyTree) -> TrackSharpnessState:
-        # A copy: handing out the caller's array would let donation delete it.
+        # A copy: donation of the state must not delete the caller's array.
         own_key = jnp.copy(as_key(key))
         nan = jnp.full((), jnp.nan, jnp.float32)
         direction = None
@@ -145,7 +146,7 @@ def track_sharpness(
             raise ValueError(
                 "track_sharpness needs params and the loss: "
                 "tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)); or pass "
-                "from_outside=True and hand in sharpness=value."
+                "from_outside=True and sharpness=value."
             )
 
         def measure(state: TrackSharpnessState) -> TrackSharpnessState:
@@ -166,9 +167,9 @@ def track_sharpness(
                 ),
             )
 
-        if every == 1:
+        if update_interval == 1:
             return measure(state)
-        due = state.steps_seen % every == 0
+        due = state.steps_seen % update_interval == 0
         return jax.lax.cond(due, measure, lambda unchanged: unchanged, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -177,8 +178,8 @@ def track_sharpness(
 def _check_whole(params: PyTree) -> None:
     if has_holes(params):
         raise ValueError(
-            "track_sharpness needs the whole params, which optax.masked and optax.partition hide "
-            "parts of: put it around them, in the outer chain."
+            "track_sharpness needs all of params, parts of which optax.masked and optax.partition "
+            "hide: put it in the outer chain, outside them."
         )
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("track_sharpness needs params with at least one entry, got none.")

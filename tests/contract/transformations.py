@@ -52,7 +52,7 @@ def keep_pruned(params, **options):
 
 def track_sharpness(params, **options):
     del params
-    return spectrum.track_sharpness(**options, every=2, num_matvecs=2)
+    return spectrum.track_sharpness(**options, update_interval=2, num_matvecs=2)
 
 
 def mfac(params, **options):

@@ -19,11 +19,11 @@ def largest(params, one):
 
 
 class TestTracker:
-    @pytest.mark.parametrize("every", [1, 3])
-    def test_it_follows_the_largest_eigenvalue_and_hands_updates_on(self, every):
+    @pytest.mark.parametrize("update_interval", [1, 3])
+    def test_it_follows_the_largest_eigenvalue_and_hands_updates_on(self, update_interval):
         one = problems.problem(dtype=jnp.float32)
         plain = optax.sgd(0.1)
-        tx = optax.chain(spectrum.track_sharpness(0.1, every=every), plain)
+        tx = optax.chain(spectrum.track_sharpness(0.1, update_interval=update_interval), plain)
         params, state = one.params, tx.init(one.params)
 
         def loss(p):
@@ -37,7 +37,7 @@ class TestTracker:
         for count in range(31):
             before = params
             updates, params, state = step(params, state)
-            if count % every == 0:
+            if count % update_interval == 0:
                 measured = before
         expected, _ = plain.update(jax.grad(loss)(before), plain.init(before))
         np.testing.assert_allclose(ravel(updates), ravel(expected), rtol=1e-5, atol=1e-7)
@@ -83,7 +83,7 @@ class TestTracker:
         np.testing.assert_allclose(state.sharpness, max(diagonal), rtol=1e-5, atol=1e-6)
 
     def test_integer_leaves_take_no_part_and_complex_ones_are_refused(self):
-        tx = spectrum.track_sharpness(0.1, every=2)
+        tx = spectrum.track_sharpness(0.1, update_interval=2)
         params = {"w": jnp.ones(2), "n": jnp.int32(3)}
 
         def loss(p):
@@ -119,7 +119,7 @@ class TestTracker:
         def loss(x):
             return jnp.sum(x**4)
 
-        tx = spectrum.track_sharpness(0.1, every=2)
+        tx = spectrum.track_sharpness(0.1, update_interval=2)
         params = jnp.ones(3)
         state = tx.init(params)
         step = jax.jit(lambda s: tx.update(params, s, params, obj_fn=loss)[1], donate_argnums=0)
@@ -132,7 +132,7 @@ class TestTracker:
         tx, ones = spectrum.track_sharpness(0.1), jnp.ones(2)
         with pytest.raises(ValueError, match="needs params and the loss"):
             tx.update(ones, tx.init(ones), ones)
-        for options in ({"every": 0}, {"num_matvecs": 0}, {"trace_decay": 1.0}):
+        for options in ({"update_interval": 0}, {"num_matvecs": 0}, {"trace_decay": 1.0}):
             with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
                 spectrum.track_sharpness(0.1, **options)
 
@@ -254,7 +254,7 @@ def test_plots_draw_on_given_axes_and_touch_nothing_global():
 
 def test_hidden_parts_of_the_params_are_an_error_that_says_where_to_put_it():
     tx = optax.masked(spectrum.track_sharpness(0.1), {"a": True, "b": False})
-    with pytest.raises(ValueError, match="put it around them, in the outer chain"):
+    with pytest.raises(ValueError, match="put it in the outer chain, outside them"):
         tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
