@@ -36,7 +36,7 @@ def compensation(
     damping: float,
     *,
     block_size: int | None,
-    scope: str,
+    block_scope: str,
     mesh: jax.sharding.Mesh | None,
     batch_bytes: int = 2**28,
 ) -> list[jax.Array]:
@@ -48,7 +48,7 @@ def compensation(
       kept: bools.
       damping: as in `inverse_fisher`, with the options that follow.
       block_size: see there.
-      scope: see there.
+      block_scope: see there.
       mesh: see there.
       batch_bytes: see there.
 
@@ -57,7 +57,7 @@ def compensation(
     """
     dtype = working_dtype(grads, None)
     changes: list[jax.Array] = []
-    for first, stop in spans(grads, scope):
+    for first, stop in spans(grads, block_scope):
         columns = Columns(grads[first:stop], dtype)
         vector = [jnp.asarray(leaf, dtype) for leaf in removed[first:stop]]
         mask = [jnp.asarray(leaf, dtype) for leaf in kept[first:stop]]

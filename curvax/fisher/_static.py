@@ -14,7 +14,7 @@ from curvax.fisher._block_inverse import BlockInverse
 from curvax.fisher._columns import Columns
 from curvax.fisher._full_inverse import FullInverse
 
-SCOPES = ("tree", "leaf")
+BLOCK_SCOPES = ("tree", "leaf")
 
 
 class _Group(NamedTuple):
@@ -116,7 +116,7 @@ def inverse_fisher(
     damping: float = 1e-5,
     *,
     block_size: int | None = None,
-    scope: str = "tree",
+    block_scope: str = "tree",
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any | None = None,
     batch_bytes: int = 2**28,
@@ -149,7 +149,7 @@ def inverse_fisher(
         ``block_size``, and $d B$ numbers of memory.
       damping: $\lambda$, positive.
       block_size: the number of columns in a block; None for the full matrix.
-      scope: ``"tree"`` flattens the tree and cuts it into blocks regardless of leaves, as
+      block_scope: ``"tree"`` flattens the tree and cuts it into blocks regardless of leaves, as
         published; ``"leaf"`` starts anew at each leaf, and without a ``block_size`` makes one
         block of each.
       mesh: devices over all of which the blocks are spread; nothing is communicated between them.
@@ -184,7 +184,7 @@ def inverse_fisher(
     """
     check_range("damping", damping, low=0.0, open_low=True, open_high=True)
     damping = float(damping)
-    check_choice("scope", scope, SCOPES)
+    check_choice("block_scope", block_scope, BLOCK_SCOPES)
     check_count("batch_bytes", batch_bytes)
     if block_size is not None:
         check_count("block_size", block_size)
@@ -195,7 +195,7 @@ def inverse_fisher(
         )
     later = None
     if isinstance(grads, Iterator):
-        grads, later = _first_chunk(grads, block_size, scope)
+        grads, later = _first_chunk(grads, block_size, block_scope)
     leaves = checked_leaves(grads)
     wide = working_dtype(leaves, dtype)
     groups = [
@@ -211,17 +211,17 @@ def inverse_fisher(
                 later=None if later is None else _checked_chunks(later, grads, wide),
             ),
         )
-        for first, stop in spans(leaves, scope)
+        for first, stop in spans(leaves, block_scope)
     ]
     example = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), grads)
     return InverseFisher(example, groups)
 
 
-def spans(leaves: list[Any], scope: str) -> list[tuple[int, int]]:
+def spans(leaves: list[Any], block_scope: str) -> list[tuple[int, int]]:
     """Which leaves, from one number up to another, are inverted together."""
     # Leaves without entries go along with the next one.
     filled = [index for index, leaf in enumerate(leaves) if leaf.size]
-    stops = [index + 1 for index in filled[:-1]] if scope == "leaf" else []
+    stops = [index + 1 for index in filled[:-1]] if block_scope == "leaf" else []
     return list(itertools.pairwise([0, *stops, len(leaves)]))
 
 
@@ -247,13 +247,13 @@ def _invert(
 
 
 def _first_chunk(
-    chunks: Iterator[PyTree], block_size: int | None, scope: str
+    chunks: Iterator[PyTree], block_size: int | None, block_scope: str
 ) -> tuple[PyTree, Iterator[PyTree]]:
-    if block_size is None or scope != "tree":
+    if block_size is None or block_scope != "tree":
         raise ValueError(
             "a stream of gradients is reduced to blocks over the tree: it needs a block_size and "
-            f"scope='tree', got block_size={block_size} and scope={scope!r}. For the full matrix "
-            "write the gradients to np.memmap arrays and give those."
+            f"block_scope='tree', got block_size={block_size} and block_scope={block_scope!r}. "
+            "For the full matrix write the gradients to np.memmap arrays and pass those."
         )
     try:
         return next(chunks), chunks

@@ -41,7 +41,7 @@ def greedy_scores(
     all_columns = packing.pack(columns)
     dtype = working_dtype(all_columns, None)
     scores: list[np.ndarray] = []
-    for first, stop in spans(all_columns, options.scope):
+    for first, stop in spans(all_columns, options.block_scope):
         part = Columns(all_columns[first:stop], dtype)
         size = min(options.block_size or part.num_columns, part.num_columns)
         blocks = ColumnBlocks(part, size, side=size, batch_bytes=_BATCH_BYTES, mesh=options.mesh)

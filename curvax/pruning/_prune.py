@@ -10,7 +10,7 @@ import numpy as np
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
 from curvax._trees import PyTree, Select
-from curvax.fisher._static import checked_leaves
+from curvax.fisher._static import BLOCK_SCOPES, checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._result import PruneResult, layer_sparsities
@@ -27,7 +27,6 @@ from curvax.pruning._updates import independent_update, joint_update, predicted_
 METHODS = ("obs", "greedy", "fisher", "magnitude")
 UPDATES = ("joint", "independent", "none")
 SCOPES = ("global", "layer")
-BLOCK_SCOPES = ("tree", "leaf")
 
 
 def prune(

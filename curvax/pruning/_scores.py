@@ -19,21 +19,21 @@ class FisherOptions(NamedTuple):
 
     damping: float
     block_size: int | None
-    scope: str
+    block_scope: str
     mesh: jax.sharding.Mesh | None
 
     def packing(self, leaves: Sequence[Leaf]) -> Packing:
         """Side by side where weights are gone, so that shapes vary; not if blocks are per leaf."""
         some_are_gone = any(len(leaf.alive) < math.prod(leaf.shape) for leaf in leaves)
         sizes = [len(leaf.alive) for leaf in leaves]
-        return Packing.of(sizes, packed=some_are_gone and self.scope == "tree")
+        return Packing.of(sizes, packed=some_are_gone and self.block_scope == "tree")
 
     def invert(self, columns: Sequence[Any]) -> InverseFisher:
         return inverse_fisher(
             list(columns),
             self.damping,
             block_size=self.block_size,
-            scope=self.scope,
+            block_scope=self.block_scope,
             mesh=self.mesh,
         )
 

@@ -51,7 +51,7 @@ def joint_update(
         packing.pack([~gone for gone in dropped]),
         options.damping,
         block_size=options.block_size,
-        scope=options.scope,
+        block_scope=options.block_scope,
         mesh=options.mesh,
     )
     return packing.unpack(changes)

@@ -13,7 +13,7 @@ DIM = 12 + 5 + 1 + 12
 NUM_GRADS = 8
 # Blocks smaller than the number of gradients, equal, and larger; with ragged tails and without.
 every_block_size = pytest.mark.parametrize("block_size", [None, 1, 5, 7, 8, 15, 1000])
-every_scope = pytest.mark.parametrize("scope", ["tree", "leaf"])
+every_scope = pytest.mark.parametrize("block_scope", ["tree", "leaf"])
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +39,19 @@ def ravel(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def block_of(column, block_size, scope):
+def block_of(column, block_size, block_scope):
     """The block that a column belongs to: a number for each."""
     sizes = [int(np.prod(shape)) for shape in SHAPES.values()]
-    starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes) if scope == "leaf" else np.zeros(DIM)
+    starts = (
+        np.repeat(np.cumsum([0, *sizes[:-1]]), sizes) if block_scope == "leaf" else np.zeros(DIM)
+    )
     inside = column - starts
     return starts * 10**6 + (0 if block_size is None else inside // block_size)
 
 
-def dense(rows, damping, block_size=None, scope="tree"):
+def dense(rows, damping, block_size=None, block_scope="tree"):
     G = flat(rows)
-    blocks = block_of(np.arange(DIM), block_size, scope)
+    blocks = block_of(np.arange(DIM), block_size, block_scope)
     F = damping * np.eye(DIM) + G.T @ G / len(G)
     return np.linalg.inv(np.where(blocks[:, np.newaxis] == blocks, F, 0))
 
@@ -61,11 +63,13 @@ def vector_like(rows, seed=1):
 
 @every_scope
 @every_block_size
-def test_products_diagonal_and_elements_are_those_of_the_dense_inverse(block_size, scope):
+def test_products_diagonal_and_elements_are_those_of_the_dense_inverse(block_size, block_scope):
     for damping in (1e-2, 1e-5):
         rows = tree_of_rows()
-        expected = dense(rows, damping, block_size, scope)
-        inverse = curvax.inverse_fisher(rows, damping, block_size=block_size, scope=scope)
+        expected = dense(rows, damping, block_size, block_scope)
+        inverse = curvax.inverse_fisher(
+            rows, damping, block_size=block_size, block_scope=block_scope
+        )
         vector = vector_like(rows)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(
@@ -240,7 +244,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             curvax.inverse_fisher(rows, 0.1)
 
-    @pytest.mark.parametrize("options", [{"block_size": 0}, {"scope": "row"}, {"batch_bytes": 0}])
+    @pytest.mark.parametrize(
+        "options", [{"block_size": 0}, {"block_scope": "row"}, {"batch_bytes": 0}]
+    )
     def test_options_have_their_ranges(self, options):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             curvax.inverse_fisher(np.ones((2, 3)), 0.1, **options)

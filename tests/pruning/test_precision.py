@@ -77,12 +77,14 @@ def test_greedy_chooses_as_well_as_in_float64(seed, sparsity):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.parametrize("scope", ["tree", "leaf"])
-def test_the_full_inverse_of_no_more_weights_than_gradients_is_exact(scale, scope):
+@pytest.mark.parametrize("block_scope", ["tree", "leaf"])
+def test_the_full_inverse_of_no_more_weights_than_gradients_is_exact(scale, block_scope):
     _, rows = problem(0, num_grads=64, num_inputs=8, num_outputs=1, scale=scale)
     flat = rows[..., 0]
     exact = np.linalg.inv(DAMPING * np.eye(8) + flat.T @ flat / 64)
-    inverse = curvax.inverse_fisher(jnp.asarray(flat, jnp.float32), DAMPING, scope=scope)
+    inverse = curvax.inverse_fisher(
+        jnp.asarray(flat, jnp.float32), DAMPING, block_scope=block_scope
+    )
     vector = np.arange(1.0, 9)
     np.testing.assert_allclose(inverse.solve(jnp.asarray(vector)), exact @ vector, rtol=1e-3)
     np.testing.assert_allclose(inverse.diagonal(), np.diag(exact), rtol=1e-3)
