@@ -106,7 +106,7 @@ def measure(rows: np.ndarray, block_size: int | None, args: argparse.Namespace) 
 def reference(rows: np.ndarray, block_size: int | None) -> np.ndarray:
     with jax.enable_x64(True):
         inverse = curvax.inverse_fisher(
-            rows.astype(np.float64), DAMPING, block_size=block_size, batch_bytes=2**29
+            rows.astype(np.float64), DAMPING, block_size=block_size, workspace_bytes=2**29
         )
         return np.asarray(inverse.diagonal())
 

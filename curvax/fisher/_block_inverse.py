@@ -34,7 +34,7 @@ class BlockInverse:
         damping: float,
         block_size: int,
         *,
-        batch_bytes: int,
+        workspace_bytes: int,
         mesh: jax.sharding.Mesh | None = None,
         later_chunks: Iterable[Columns] | None = None,
     ) -> None:
@@ -44,7 +44,7 @@ class BlockInverse:
           columns: the gradients.
           damping: $\lambda$.
           block_size: $B$.
-          batch_bytes: about what the rows and matrices of a batch may take.
+          workspace_bytes: about how much memory the rows and matrices of a batch may take.
           mesh: devices over all of which the blocks of a batch are spread.
           later_chunks: further rows, each added to the blocks $G_b^T G_b$ and forgotten.
         """
@@ -53,7 +53,9 @@ class BlockInverse:
         size = min(block_size, columns.num_columns)
         self.primal = later_chunks is not None or size <= columns.num_rows
         side = size if self.primal else columns.num_rows
-        self._blocks = ColumnBlocks(columns, size, side=side, batch_bytes=batch_bytes, mesh=mesh)
+        self._blocks = ColumnBlocks(
+            columns, size, side=side, workspace_bytes=workspace_bytes, mesh=mesh
+        )
         self.num_rows = columns.num_rows
         over_devices = self._blocks.over_devices
         if later_chunks is not None:

@@ -29,7 +29,7 @@ class ColumnBlocks:
         size: int,
         *,
         side: int,
-        batch_bytes: int,
+        workspace_bytes: int,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         """Decides how many blocks make a batch.
@@ -38,22 +38,22 @@ class ColumnBlocks:
           columns: what is cut.
           size: $B$.
           side: the size of the square matrices that are made of each block.
-          batch_bytes: about what the rows and matrices of a batch may take.
+          workspace_bytes: about how much memory the rows and matrices of a batch may take.
           mesh: devices over all of which the blocks of a batch are spread.
         """
         self.columns = columns
         self.size = size
         # Blocks are cut from flat columns, which automatic axes allow.
         self._mesh = None if mesh is None else _automatic(mesh)
-        self.number = self._blocks_in_batch(side, batch_bytes)
+        self.number = self._blocks_in_batch(side, workspace_bytes)
         self.starts = range(0, columns.num_columns, self.number * self.size)
 
-    def _blocks_in_batch(self, side: int, batch_bytes: int) -> int:
+    def _blocks_in_batch(self, side: int, workspace_bytes: int) -> int:
         """As many blocks as the bytes allow, in batches of one size, for any number of devices."""
         itemsize = jnp.dtype(self.columns.dtype).itemsize
         block_bytes = (2 * self.columns.num_rows * self.size + 3 * side**2) * itemsize
         total = -(-self.columns.num_columns // self.size)
-        number = min(total, max(1, batch_bytes // block_bytes))
+        number = min(total, max(1, workspace_bytes // block_bytes))
         number = -(-total // -(-total // number))
         devices = 1 if self._mesh is None else self._mesh.size
         return -(-number // devices) * devices

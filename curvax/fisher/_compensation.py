@@ -38,7 +38,7 @@ def compensation(
     block_size: int | None,
     block_scope: str,
     mesh: jax.sharding.Mesh | None,
-    batch_bytes: int = 2**28,
+    workspace_bytes: int = 2**28,
 ) -> list[jax.Array]:
     r"""The change of the kept entries that makes up best for the removal of the others.
 
@@ -50,7 +50,7 @@ def compensation(
       block_size: see there.
       block_scope: see there.
       mesh: see there.
-      batch_bytes: see there.
+      workspace_bytes: see there.
 
     Returns:
       $\delta$ on the kept entries, zeros elsewhere.
@@ -63,11 +63,11 @@ def compensation(
         mask = [jnp.asarray(leaf, dtype) for leaf in kept[first:stop]]
         number_kept = sum(int(np.count_nonzero(leaf)) for leaf in kept[first:stop])
         if block_size is None and number_kept > columns.num_rows:
-            inverse = FullInverse(columns, damping, batch_bytes=batch_bytes, kept=mask)
+            inverse = FullInverse(columns, damping, workspace_bytes=workspace_bytes, kept=mask)
             changes += inverse.compensate(vector)
         else:
             size = min(block_size or columns.num_columns, columns.num_columns)
-            changes += _in_blocks(columns, vector, mask, damping, size, mesh, batch_bytes)
+            changes += _in_blocks(columns, vector, mask, damping, size, mesh, workspace_bytes)
     return changes
 
 
@@ -78,12 +78,12 @@ def _in_blocks(
     damping: float,
     size: int,
     mesh: jax.sharding.Mesh | None,
-    batch_bytes: int,
+    workspace_bytes: int,
 ) -> list[jax.Array]:
     num_rows = columns.num_rows
     primal = size <= num_rows
     side = min(size, num_rows)
-    blocks = ColumnBlocks(columns, size, side=side, batch_bytes=batch_bytes, mesh=mesh)
+    blocks = ColumnBlocks(columns, size, side=side, workspace_bytes=workspace_bytes, mesh=mesh)
     kernel = blocks.over_devices(_primal if primal else _dual)
     pieces = []
     for rows, vector, mask in zip(

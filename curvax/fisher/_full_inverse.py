@@ -50,7 +50,7 @@ class FullInverse:
         columns: Columns,
         damping: float,
         *,
-        batch_bytes: int,
+        workspace_bytes: int,
         kept: Sequence[jax.Array] | None = None,
     ) -> None:
         r"""Factors $K$.
@@ -58,12 +58,12 @@ class FullInverse:
         Args:
           columns: the gradients.
           damping: $\lambda$.
-          batch_bytes: about what the columns that are on the device together may take.
+          workspace_bytes: about how much memory the columns on the device may take at a time.
           kept: for each leaf a bool for each entry: columns without it count as zeros in $K$.
         """
         self.columns = columns
         self._damping = damping
-        self._batch_bytes = batch_bytes
+        self._workspace_bytes = workspace_bytes
         self._mask = kept
         size = columns.num_rows
         total = jnp.zeros((size, size), columns.dtype)
@@ -74,7 +74,9 @@ class FullInverse:
 
     def _parts(self) -> Iterator[Part]:
         columns = self.columns
-        width = max(1, self._batch_bytes // (columns.num_rows * jnp.dtype(columns.dtype).itemsize))
+        width = max(
+            1, self._workspace_bytes // (columns.num_rows * jnp.dtype(columns.dtype).itemsize)
+        )
         for index, leaf in enumerate(columns.leaves):
             if not leaf.size:
                 continue

@@ -119,7 +119,7 @@ def inverse_fisher(
     block_scope: str = "tree",
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any | None = None,
-    batch_bytes: int = 2**28,
+    workspace_bytes: int = 2**28,
 ) -> InverseFisher:
     r"""The inverse of the empirical Fisher matrix of given gradients: M-FAC's static algorithm.
 
@@ -156,8 +156,8 @@ def inverse_fisher(
         Without a ``block_size`` each leaf keeps its own sharding, and none is needed.
       dtype: the dtype of the computation; by default that of ``grads``, float32 or wider.
         ``jnp.float64`` needs ``jax_enable_x64``.
-      batch_bytes: about how much memory the blocks that are inverted together, or the columns on
-        the device together, may take.
+      workspace_bytes: about how much memory may be used at a time for the blocks that are inverted,
+        or for the columns on the device.
 
     Returns:
       The inverse, with ``.solve(v)``, ``.diagonal()`` and ``.element(i, j)``.
@@ -185,7 +185,7 @@ def inverse_fisher(
     check_range("damping", damping, low=0.0, open_low=True, open_high=True)
     damping = float(damping)
     check_choice("block_scope", block_scope, BLOCK_SCOPES)
-    check_count("batch_bytes", batch_bytes)
+    check_count("workspace_bytes", workspace_bytes)
     if block_size is not None:
         check_count("block_size", block_size)
     if block_size is None and mesh is not None:
@@ -206,7 +206,7 @@ def inverse_fisher(
                 Columns(leaves[first:stop], wide),
                 damping,
                 block_size,
-                batch_bytes=batch_bytes,
+                workspace_bytes=workspace_bytes,
                 mesh=mesh,
                 later=None if later is None else _checked_chunks(later, grads, wide),
             ),
@@ -230,17 +230,17 @@ def _invert(
     damping: float,
     block_size: int | None,
     *,
-    batch_bytes: int,
+    workspace_bytes: int,
     mesh: jax.sharding.Mesh | None = None,
     later: Iterator[Columns] | None = None,
 ) -> FullInverse | BlockInverse:
     if block_size is None and columns.num_columns > columns.num_rows:
-        return FullInverse(columns, damping, batch_bytes=batch_bytes)
+        return FullInverse(columns, damping, workspace_bytes=workspace_bytes)
     return BlockInverse(
         columns,
         damping,
         block_size or columns.num_columns,
-        batch_bytes=batch_bytes,
+        workspace_bytes=workspace_bytes,
         mesh=mesh,
         later_chunks=later,
     )

@@ -25,7 +25,7 @@ from curvax.pruning._leaves import Leaf
 from curvax.pruning._scores import FisherOptions
 
 _NUM_INVERSES = 16
-_BATCH_BYTES = 2**28
+_WORKSPACE_BYTES = 2**28
 
 
 def greedy_scores(
@@ -44,7 +44,9 @@ def greedy_scores(
     for first, stop in spans(all_columns, options.block_scope):
         part = Columns(all_columns[first:stop], dtype)
         size = min(options.block_size or part.num_columns, part.num_columns)
-        blocks = ColumnBlocks(part, size, side=size, batch_bytes=_BATCH_BYTES, mesh=options.mesh)
+        blocks = ColumnBlocks(
+            part, size, side=size, workspace_bytes=_WORKSPACE_BYTES, mesh=options.mesh
+        )
         kernel = blocks.over_devices(_greedy)
         weights = blocks.vectors([jnp.asarray(leaf) for leaf in all_weights[first:stop]])
         pieces = [

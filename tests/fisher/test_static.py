@@ -103,7 +103,7 @@ def test_gradients_of_the_host_are_streamed_by_columns(block_size, tmp_path):
             mapped[...] = leaf
             rows[name] = mapped
     # Few enough bytes for several batches in any layout.
-    inverse = curvax.inverse_fisher(rows, 1e-3, block_size=block_size, batch_bytes=400)
+    inverse = curvax.inverse_fisher(rows, 1e-3, block_size=block_size, workspace_bytes=400)
     expected = dense(rows, 1e-3, block_size)
     np.testing.assert_allclose(ravel(inverse.diagonal()), np.diag(expected), rtol=1e-9)
     ones = jax.tree.map(lambda x: np.ones(x.shape[1:]), rows)
@@ -245,7 +245,7 @@ class TestBadInput:
             curvax.inverse_fisher(rows, 0.1)
 
     @pytest.mark.parametrize(
-        "options", [{"block_size": 0}, {"block_scope": "row"}, {"batch_bytes": 0}]
+        "options", [{"block_size": 0}, {"block_scope": "row"}, {"workspace_bytes": 0}]
     )
     def test_options_have_their_ranges(self, options):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
