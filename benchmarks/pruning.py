@@ -168,7 +168,6 @@ def prune_and_evaluate(
             fisher_batches(data, cell.seed),
             cell.sparsity,
             num_grads=cell.num_grads,
-            progress=False,
             **options,
         )
     pruned = variables._replace(params=result.params)
@@ -182,7 +181,6 @@ def dense_gradients(seed: int, num_grads: int, epochs: float, data: HashableData
         trained(seed, data, epochs).params,
         fisher_batches(data, seed),
         num_grads,
-        progress=False,
     )
 
 
@@ -232,7 +230,6 @@ def prune_gradually(
         ((current.statistics, *batch) for batch in fisher_batches(data, seed)),
         pruning.polynomial_sparsities(0.5, final, args.gradual_steps),
         fine_tune,
-        progress=False,
         **{"num_grads": args.num_grads[0], "damping": args.damping, **GRADUAL_METHODS[name]},
     )
     return evaluate(current, data.test_images, data.test_labels)

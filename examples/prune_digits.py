@@ -74,7 +74,6 @@ def prune_everything(
                     sparsity,
                     num_grads=num_grads,
                     damping=damping,
-                    progress=False,
                     **{"recomputations": recomputations, **options},
                 )
                 accuracies[name].append(evaluate(result.params, dataset)[2])

@@ -29,7 +29,7 @@ def collect_gradients(
     has_aux: bool = False,
     mask: PyTree | None = None,
     storage: str | Path = "device",
-    progress: bool = True,
+    progress: bool = False,
 ) -> PyTree:
     r"""The gradients of a loss on ``num_grads`` batches, or examples.
 
@@ -75,7 +75,7 @@ def collect_gradients(
       >>> def loss_fn(weights, inputs, targets):
       ...     return jnp.mean((inputs @ weights - targets) ** 2)
       >>> batches = [(jnp.eye(2), jnp.ones(2)), (jnp.ones((2, 2)), jnp.zeros(2))]
-      >>> pruning.collect_gradients(loss_fn, jnp.zeros(2), batches, 2, progress=False)
+      >>> pruning.collect_gradients(loss_fn, jnp.zeros(2), batches, 2)
       Array([[-1., -1.],
              [ 0.,  0.]], dtype=float32)
     """

@@ -81,7 +81,7 @@ def prune_one_shot(
     micro_batch_size: int | None = None,
     has_aux: bool = False,
     storage: Any = "device",
-    progress: bool = True,
+    progress: bool = False,
     **options: Any,
 ) -> PruneResult:
     r"""Prunes without fine-tuning, in steps between which gradients are gathered anew.
@@ -123,7 +123,7 @@ def prune_one_shot(
       ...     return jnp.mean((x @ params["kernel"] - y) ** 2)
       >>> params = {"kernel": jnp.array([[1.9], [0.2], [1.1]])}
       >>> result = pruning.prune_one_shot(
-      ...     loss_fn, params, batches, 0.34, recomputations=1, num_grads=8, progress=False)
+      ...     loss_fn, params, batches, 0.34, recomputations=1, num_grads=8)
       >>> print(result.mask["kernel"].ravel())
       [ True False  True]
 

@@ -20,7 +20,7 @@ def loss(weights, inputs, targets):
 
 
 def gradients(fun, batches, **options):
-    return pruning.collect_gradients(fun, WEIGHTS, batches, 1, progress=False, **options)
+    return pruning.collect_gradients(fun, WEIGHTS, batches, 1, **options)
 
 
 def product(fun, batches, **options):

@@ -24,9 +24,7 @@ USES = {
     "exact trace": lambda loss: curvax.hessian_trace(loss, WEIGHTS, INPUTS, method="exact").value,
     "hessian_diag": lambda loss: curvax.hessian_diag(loss, WEIGHTS, INPUTS, key=KEY).value[0],
     "operator": lambda loss: spectrum.hessian_operator(loss, WEIGHTS, [INPUTS])(WEIGHTS)[0],
-    "gradients": lambda loss: pruning.collect_gradients(loss, WEIGHTS, [INPUTS], 1, progress=False)[
-        0, 0
-    ],
+    "gradients": lambda loss: pruning.collect_gradients(loss, WEIGHTS, [INPUTS], 1)[0, 0],
 }
 NETWORK_USES = {
     "ntk_gram": lambda network: spectrum.ntk_gram(network, WEIGHTS[:, None], INPUTS)[0, 0],

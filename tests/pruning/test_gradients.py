@@ -47,7 +47,7 @@ def test_gradients_of_examples_are_those_of_batches_of_one(micro_batch_size):
 def test_a_batch_that_is_no_tuple_is_one_argument():
     batches = [{"x": jnp.full(2, 3.0)}]
     rows = pruning.collect_gradients(
-        lambda w, batch: jnp.sum(w * batch["x"]), jnp.ones(2), batches, 1, progress=False
+        lambda w, batch: jnp.sum(w * batch["x"]), jnp.ones(2), batches, 1
     )
     np.testing.assert_array_equal(rows, [[3.0, 3.0]])
 
@@ -69,9 +69,7 @@ def test_integer_leaves_have_rows_of_zeros(storage):
     def loss(p, x):
         return jnp.sum(p["w"][p["table"]] * x)
 
-    rows = pruning.collect_gradients(
-        loss, params, [jnp.array([3.0, 4.0])] * 2, 2, storage=storage, progress=False
-    )
+    rows = pruning.collect_gradients(loss, params, [jnp.array([3.0, 4.0])] * 2, 2, storage=storage)
     np.testing.assert_array_equal(rows["w"], [[4.0, 3.0]] * 2)
     np.testing.assert_array_equal(rows["table"], np.zeros((2, 2)))
     np.testing.assert_array_equal(rows["steps"], np.zeros(2))
@@ -99,9 +97,7 @@ def test_rows_keep_the_shardings_and_are_float32_or_wider():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P(None, "x"))
     weights = jax.device_put(jnp.ones((2, 8), jnp.bfloat16), sharding)
-    rows = pruning.collect_gradients(
-        lambda w, x: jnp.sum(w * x), weights, [2.0, 3.0], 2, progress=False
-    )
+    rows = pruning.collect_gradients(lambda w, x: jnp.sum(w * x), weights, [2.0, 3.0], 2)
     assert rows.dtype == jnp.float32
     assert rows.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P(None, None, "x")), 3)
     np.testing.assert_array_equal(rows[:, 0, 0], [2.0, 3.0])
@@ -123,7 +119,7 @@ def test_the_gradient_is_compiled_once():
 def test_an_iterator_is_read_no_further_than_needed():
     params, batches = problems.regression(num_batches=3)
     stream = iter(batches)
-    pruning.collect_gradients(loss_fn, params, stream, 2, progress=False)
+    pruning.collect_gradients(loss_fn, params, stream, 2)
     assert next(stream) is batches[2]
 
 
@@ -131,7 +127,7 @@ def test_progress_is_shown_where_wanted(capsys):
     pytest.importorskip("tqdm")
     collect(progress=True)
     assert "3/3" in capsys.readouterr().err
-    collect(progress=False)
+    collect()
     assert not capsys.readouterr().err
 
 
@@ -153,7 +149,7 @@ class TestBadInput:
         params, batches = problems.regression(num_batches=2)
         batches[1] = (batches[1][0].at[0, 0].set(11.0), batches[1][1])
         with pytest.raises(ValueError, match="gradient 1 is not finite at first/bias"):
-            pruning.collect_gradients(broken, params, batches, 2, progress=False)
+            pruning.collect_gradients(broken, params, batches, 2)
 
     def test_the_loss_is_a_scalar(self):
         with pytest.raises(ValueError, match="the loss must return"):
@@ -171,7 +167,6 @@ class TestBadInput:
                 [(jnp.ones(3), jnp.ones(4))],
                 1,
                 per_example=True,
-                progress=False,
             )
 
     def test_a_mask_that_does_not_match(self):
@@ -189,7 +184,7 @@ def test_files_of_leaves_whose_names_look_alike_are_kept_apart(tmp_path):
     def loss_fn(params, x):
         return jnp.sum(2 * params["a.b"] + 5 * params["a"]["b"]) * x
 
-    rows = pruning.collect_gradients(loss_fn, params, [1.0], 1, storage=tmp_path, progress=False)
+    rows = pruning.collect_gradients(loss_fn, params, [1.0], 1, storage=tmp_path)
     assert (rows["a.b"], rows["a"]["b"]) == (2, 5)
 
 
@@ -203,11 +198,11 @@ def test_a_second_collection_in_a_folder_leaves_the_first_as_it_was(tmp_path):
 @pytest.mark.parametrize("storage", ["device", "host"])
 def test_a_leaf_without_entries_has_rows_too(storage):
     params = {"empty": jnp.zeros((0, 3)), "weights": jnp.zeros(2)}
-    rows = pruning.collect_gradients(linear, params, [1.0, 2.0], 2, storage=storage, progress=False)
+    rows = pruning.collect_gradients(linear, params, [1.0, 2.0], 2, storage=storage)
     assert rows["empty"].shape == (2, 0, 3)
     assert curvax.inverse_fisher(rows).diagonal()["empty"].shape == (0, 3)
 
 
 def test_numpy_params_of_float64_are_collected_in_the_dtype_at_hand():
-    rows = pruning.collect_gradients(linear, np.zeros(2), [1.0], 1, progress=False)
+    rows = pruning.collect_gradients(linear, np.zeros(2), [1.0], 1)
     assert rows.dtype == jnp.float32

@@ -36,7 +36,7 @@ def test_recomputations_are_single_steps_with_new_gradients(sparsity):
     params, batches, result = one_shot(sparsity)
     mask, predicted = None, 0.0
     for step in pruning.geometric_sparsities(0.0, sparsity, 3):
-        grads = pruning.collect_gradients(loss_fn, params, batches, 8, mask=mask, progress=False)
+        grads = pruning.collect_gradients(loss_fn, params, batches, 8, mask=mask)
         single = pruning.prune(params, grads, step, mask=mask)
         params, mask = single.params, single.mask
         predicted += single.predicted_loss_change
@@ -56,7 +56,6 @@ def test_aux_of_the_loss_is_dropped():
         num_grads=8,
         recomputations=3,
         has_aux=True,
-        progress=False,
     )
     jax.tree.map(np.testing.assert_array_equal, other.mask, result.mask)
 
@@ -71,7 +70,6 @@ def test_a_start_from_a_mask_goes_on_from_its_density():
         mask=first.mask,
         num_grads=8,
         recomputations=2,
-        progress=False,
     )
     assert second.sparsity == pytest.approx(0.75)
     for before, after in zip(*map(jax.tree.leaves, (first.mask, second.mask)), strict=True):
@@ -99,7 +97,6 @@ def test_patterns_of_one_sparsity_start_each_from_its_own():
         mask=first.mask,
         num_grads=8,
         recomputations=3,
-        progress=False,
     )
     assert [layer.sparsity for layer in result.layers] == [0.5, 0.5]
 
@@ -134,9 +131,7 @@ def test_obs_with_recomputation_beats_magnitude():
     batches = [(inputs, targets)]
 
     def loss_after(**options):
-        result = pruning.prune_one_shot(
-            loss_fn, params, batches, 0.5, num_grads=128, progress=False, **options
-        )
+        result = pruning.prune_one_shot(loss_fn, params, batches, 0.5, num_grads=128, **options)
         return float(loss_fn(result.params, inputs, targets))
 
     magnitude = loss_after(method="magnitude")
@@ -167,7 +162,6 @@ def test_gradual_pruning_fine_tunes_after_each_step():
         fine_tune,
         num_grads=8,
         recomputations=2,
-        progress=False,
     )
     assert len(seen) == 3
     assert seen == sorted(seen)
@@ -272,6 +266,5 @@ def test_each_layer_goes_down_from_where_it_is():
             mask=mask,
             recomputations=2,
             num_grads=1,
-            progress=False,
         )
     np.testing.assert_allclose(seen, [[0.9, 1 - 0.1**0.5], [0.9, 0.9]], atol=0.011)

@@ -132,7 +132,6 @@ def test_layers_pruned_unequally_are_pruned_on_in_steps():
         scope="layer",
         recomputations=3,
         num_grads=8,
-        progress=False,
     )
     assert [layer.sparsity for layer in result.layers] == [0.7, 0.7]
 

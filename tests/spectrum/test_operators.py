@@ -275,7 +275,7 @@ def test_running_statistics_among_the_parameters_are_named():
     for call in (
         lambda: spectrum.hessian_operator(loss, variables, batches),
         lambda: curvax.hessian_diag(loss, variables, *batches, method="exact"),
-        lambda: pruning.collect_gradients(loss, variables, batches, 1, progress=False),
+        lambda: pruning.collect_gradients(loss, variables, batches, 1),
     ):
         with pytest.warns(UserWarning, match="running statistics at batch_stats/norm/mean"):
             call()
