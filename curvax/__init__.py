@@ -1,8 +1,8 @@
 """Second-order optimization for Optax.
 
-Optimizers: `adahessian`, `mfac`, and what goes with them in a chain.
+Optimizers: `adahessian`, `mfac`, and transformations to chain with them.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
-matrices, most of them beside value and gradient in one pass.
+matrices, most of them with value and gradient in one pass.
 The inverse empirical Fisher matrix of given gradients: `inverse_fisher`; and Optimal Brain
 Surgeon on it: `curvax.pruning`.
 The spectrum of a loss's curvature: `curvax.spectrum`.

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: one sentence each, raised before any work is done."""
+"""Checks of the user's arguments, made before any work is done."""
 
 import functools
 import inspect
@@ -121,10 +121,10 @@ def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
 
 
 def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...]) -> None:
-    """Raises if ``fun`` has a keyword that ``owner`` keeps for itself and would not hand over.
+    """Raises if ``fun`` has a keyword that ``owner`` takes itself and would not pass on.
 
-    A parameter without a default is let through: it is given by position, or missed by Python.
-    What ``functools.partial`` has bound is settled.
+    A parameter without a default is let through: it is passed by position, or Python complains.
+    What ``functools.partial`` has bound needs no check.
     """
     bound: set[str] = set()
     inner: Any = fun
@@ -133,7 +133,7 @@ def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...
         inner = inner.func
     try:
         parameters = inspect.signature(fun).parameters
-    except (TypeError, ValueError):  # of builtins
+    except (TypeError, ValueError):  # builtins may have no signature
         return
     for name in reserved:
         found = parameters.get(name)
@@ -160,7 +160,7 @@ def warn_of_batch_stats(params: PyTree) -> None:
 
 
 def scalar_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """``fun`` as ``(loss, aux)``, with an output that is not a real scalar refused."""
+    """``fun`` as ``(loss, aux)``, refusing an output that is not a real scalar."""
 
     def loss_and_aux(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         output = fun(*args, **kwargs)

@@ -13,16 +13,16 @@ def find_node(state: Any, fields: tuple[str, ...], *, one: str, several: str, ex
     Args:
       state: a state of ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
         ``inject_hyperparams``, ``apply_if_finite``, or the ``opt_state`` of ``nnx.Optimizer``.
-      fields: the names that tell the node from others.
+      fields: the names of the fields that identify the node.
       one: what the node is called in an error.
       several: the same in the plural.
-      example: whose state to pass, in an error.
+      example: whose state to pass, named in an error.
 
     Returns:
-      The node, whose leaves may be the variables that ``nnx.Optimizer`` wraps them in.
+      The node. Its leaves may be variables, in which ``nnx.Optimizer`` wraps them.
 
     Raises:
-      ValueError: where there is no such node, or several, whose paths are then named.
+      ValueError: if there is no such node, or if there are several, naming their paths.
     """
 
     def matches(node: Any) -> bool:
@@ -37,8 +37,8 @@ def find_node(state: Any, fields: tuple[str, ...], *, one: str, several: str, ex
         )
     if len(found) > 1:
         raise ValueError(
-            f"state holds {len(found)} {several}, at {', '.join(found)}: pass the part of the "
-            "state that is meant."
+            f"state holds {len(found)} {several}, at {', '.join(found)}: pass the part of "
+            "the state that you mean."
         )
     return next(iter(found.values()))
 

@@ -2,8 +2,9 @@
 
 Layouts are written in the letters of ``jax.lax.conv_dimension_numbers``: ``HWIO`` is a convolution
 kernel of Flax, ``OIHW`` one of Equinox or PyTorch. ``L`` is a stacked axis (layers of ``nn.scan``,
-members, experts), ``?`` an axis that path and shape leave open. Names count before the rank, the
-module's name before the sizes of axes; what stays open is left to the user's ``layout``.
+members, experts), ``?`` an axis that path and shape do not determine. Names count more than the
+rank, and the module's name more than the sizes of axes; what remains unclear is left to the user's
+``layout``.
 """
 
 import re
@@ -30,7 +31,7 @@ class KernelLayout(NamedTuple):
       fan_out: the axes of output units.
       spatial: the axes of a convolution's window.
       stacked: the axes of independent members: layers of ``nn.scan``, ensembles, experts.
-      unknown: the axes that path and shape leave open. Averaging does not touch them, and
+      unknown: the axes that path and shape do not determine. Averaging does not touch them, and
         structured pruning refuses the leaf.
 
     Example:
@@ -57,7 +58,7 @@ class KernelLayout(NamedTuple):
           The layout.
 
         Raises:
-          ValueError: on another letter.
+          ValueError: on any other letter.
         """
         axes: dict[str, Axes] = {}
         for axis, letter in enumerate(letters):
@@ -99,7 +100,7 @@ def check_layout(layout: Layout) -> None:
 
 
 def kernel_layout(path: str, shape: Shape, layout: Layout = "auto") -> KernelLayout | None:
-    """The layout of a leaf, or None where it is no kernel: a bias, a scale, an embedding."""
+    """The layout of a leaf, or None where it is not a kernel: a bias, a scale, an embedding."""
     found: Any = layout
     if isinstance(layout, Mapping):
         matches = (value for pattern, value in layout.items() if re.search(pattern, path))
@@ -115,13 +116,13 @@ def kernel_layout(path: str, shape: Shape, layout: Layout = "auto") -> KernelLay
         raise ValueError(
             f"layout gives {shown!r} for {path}, which has shape {shape}: name each of its "
             f"{len(shape)} axes once ('HWIO', or 'L...' where only the first is a stacked one), "
-            "give None for a leaf that is no kernel, or narrow the pattern."
+            "give None for a leaf that is not a kernel, or narrow the pattern."
         )
     return found
 
 
 def is_no_kernel(path: str, rank: int) -> bool:
-    """Whether the names in a path say bias, scale, norm or embedding, whatever the sizes are."""
+    """Whether the names in a path say bias, scale, norm or embedding, whatever the sizes."""
     name, modules = _names(path)
     if _is_called_kernel(name):
         return False
@@ -151,10 +152,10 @@ _NO_KERNEL = {
     *{"b", "bias", "biases", "scale", "offset", "gamma", "beta", "g", "slope", "mean", "var"},
     *{"positional", "rel", "relative", "table", "token", "cls"},
 }
-_TRANSPARENT = {"value", "raw_value"}  # of boxes that have become dictionaries
+_TRANSPARENT = {"value", "raw_value"}  # the array of a box that became a dictionary
 _WRAPPERS = {"layer", "layer_instance", "~"}  # of WeightNorm and SpectralNorm, and Haiku's own
 _GATES = {"hh", "ih", "hidden_to_hidden", "input_to_hidden"}  # convolutions of a ConvLSTM
-_LARGEST_WINDOW = 11  # of a convolution that is not called one
+_LARGEST_WINDOW = 11  # of a convolution not named as one
 _TRANSFORM = "(?:Scan|Vmap|Checkpoint|Remat|Jit)(?=[A-Z])"  # prefixes of Linen's automatic names
 _LINEN_ATTENTION = r"(?:MultiHeadDotProduct|MultiHead|Self)Attention_\d+$"
 
@@ -166,8 +167,7 @@ def _words(name: str) -> set[str]:
 def _names(path: str) -> tuple[str, list[str]]:
     """The leaf's own name, and the names of the modules around it, innermost first.
 
-    Indices of lists and wrappers add nothing, and the convolutions of a ConvLSTM are called as
-    the cell is.
+    List indices and wrappers add nothing, and the convolutions of a ConvLSTM take the cell's name.
     """
     parts = [part for part in re.split(r"[/.]", path) if not part.isdigit()] or [path]
     if len(parts) > 1 and parts[-1] in _TRANSPARENT:
@@ -188,7 +188,7 @@ def _is_called_weight(name: str) -> bool:
 
 
 def _resolved(letters: str, path: str, shape: Shape) -> str:
-    """The letters of a preset, or of an ending ``...``, which stands for a guess."""
+    """The letters of a preset; a trailing ``...`` stands for a guess."""
     if letters in _PRESETS:
         return _guess(letters, path, shape)
     if not letters.endswith("..."):
@@ -199,7 +199,7 @@ def _resolved(letters: str, path: str, shape: Shape) -> str:
 
 
 def _guess(preset: str, path: str, shape: Shape, all_known: bool = False) -> str:
-    """The letters of a leaf, none if it is no kernel; ``all_known`` if no axis is stacked."""
+    """The letters of a leaf, none if it is not a kernel; ``all_known`` if no axis is stacked."""
     if len(shape) < 2 or is_no_kernel(path, len(shape)):
         return ""
     name, modules = _names(path)
@@ -221,14 +221,14 @@ def _guess(preset: str, path: str, shape: Shape, all_known: bool = False) -> str
     # Haiku keeps transposed convolutions (*spatial, out, in).
     if "transpose" in module and (preset == "haiku" or (preset == "auto" and name == "w")):
         letters = letters.translate(str.maketrans("IO", "OI"))
-    # Parameters that nn.scan broadcasts have no stacked axis; equal sizes do not show which.
+    # Parameters that nn.scan broadcasts have no stacked axis; with equal sizes one cannot tell.
     if letters == "WIO" and stacked == 1 and shape[0] == shape[1]:
         lead = "?"
     return lead + letters
 
 
 def _stacked_by_transforms(modules: list[str], rank: int) -> int:
-    """How many stacked axes the names of transforms say: ``VmapConv_0``, ``__layer_stack``."""
+    """How many stacked axes the names of transforms imply: ``VmapConv_0``, ``__layer_stack``."""
     automatic = [name for name in modules if re.search(r"_\d+$", name)]
     prefixes = [re.match(f"(?:{_TRANSFORM})*", name) for name in automatic]
     linen = sum(len(re.findall("Scan|Vmap", match[0])) for match in prefixes if match)
@@ -237,13 +237,13 @@ def _stacked_by_transforms(modules: list[str], rank: int) -> int:
 
 
 def _by_name(module: set[str], modules: list[str], rank: int, out_first: bool) -> str | None:
-    """Letters where the names are enough; None where the sizes must help."""
+    """Letters where the names suffice; None where the sizes are needed too."""
     matrix = _conv(0, out_first)
     if rank == 2:
         return matrix
     inner, outer = (*modules[:2], "", "")[:2]
     if re.search("conv_?local", inner.lower()):
-        return "L" * (rank - 2) + matrix  # each place has weights of its own
+        return "L" * (rank - 2) + matrix  # each position has its own weights
     dims = re.search(r"conv_?([123])_?d(?:lstm)?(?![a-z])", inner.lower())
     if dims and int(dims[1]) <= rank - 2:
         return "L" * (rank - 2 - int(dims[1])) + _conv(int(dims[1]), out_first)
@@ -261,7 +261,7 @@ def _by_name(module: set[str], modules: list[str], rank: int, out_first: bool) -
 
 
 def _by_shape(module: set[str], modules: list[str], shape: Shape, out_first: bool) -> str:
-    """Letters of a kernel of four and more axes, ``?`` where another reading is as likely."""
+    """Letters of a kernel of four or more axes, ``?`` where another reading is as likely."""
     rank, called = len(shape), bool(module & _CONV)
     near, stack = _words(" ".join(modules[:2])), _is_stack(modules)
     first, second = window = shape[-2:] if out_first else shape[-4:-2]
@@ -276,18 +276,18 @@ def _by_shape(module: set[str], modules: list[str], shape: Shape, out_first: boo
         return "?" * rank
     if out_first:
         return "?" * (rank - 1) + "W"
-    # An axis of one entry may be averaged whatever it is.
+    # An axis of one entry may be averaged, whatever it means.
     flat = rank == 4 and 1 in window and not stack
     return _conv(2, False) if flat else "?" * (rank - 3) + "WIO"
 
 
 def _is_stack(modules: list[str]) -> bool:
-    """Whether a module is called one of several: experts, members of an ensemble."""
+    """Whether a module's name says one of several: experts, members of an ensemble."""
     return any(_words(module) & _STACK for module in modules)
 
 
 def _square(shape: Shape, out_first: bool) -> str:
-    """A square window; in more than four axes a stack of such, or a window of more axes."""
+    """A square window; with more than four axes, a stack of them or a window of more axes."""
     rank = len(shape)
     if rank == 4:
         return _conv(2, out_first)
@@ -306,7 +306,7 @@ def _is_in_first(shape: Shape) -> bool:
 
 
 def _nameless(words: set[str], shape: Shape) -> str:
-    """A leaf with a name of its own: only a convolution that its sizes confirm is one."""
+    """A leaf with an unknown name: a convolution only if its sizes confirm it."""
     fits = [pair[0] == pair[1] <= _LARGEST_WINDOW for pair in (shape[:2], shape[-2:])]
     if len(shape) != 4 or not words & _CONV or fits[0] == fits[1]:
         return "?" * len(shape)

@@ -1,4 +1,4 @@
-"""Progress bars of long work, drawn by tqdm where it is installed."""
+"""Progress bars for long work, drawn by tqdm where it is installed."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """Trees of parameters: how leaves are named, in which dtype they are summed, and parts of a tree.
 
-Names are those that people write, ``layers/0/kernel``. What wraps an array, an NNX variable or a
+Names are as people write them, ``layers/0/kernel``. A wrapper around an array, an NNX variable or a
 metadata box of Linen, adds nothing to its name.
 """
 
@@ -39,7 +39,7 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is real or complex, so that it has gradients."""
+    """Whether a leaf is real or complex, and so has gradients."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
@@ -80,7 +80,7 @@ def tree_norm(tree: PyTree) -> jax.Array:
     plain = squares(1)
     factor = jnp.where(plain < 1 / power, power, 1 / power).astype(dtype)
     safe = (plain >= 1 / power) & jnp.isfinite(plain)
-    # The second pass is rarely made: most norms cost one.
+    # The second pass is rarely needed.
     return jax.lax.cond(safe, lambda: jnp.sqrt(plain), lambda: jnp.sqrt(squares(factor)) / factor)
 
 
@@ -105,7 +105,7 @@ class Differentiable:
 
     @classmethod
     def of(cls, params: PyTree, select: Select | None = None) -> "Differentiable":
-        """The real and complex leaves of ``params`` that ``select``, if given, takes."""
+        """The real and complex leaves of ``params`` that ``select``, if given, chooses."""
         entries, treedef = jax.tree_util.tree_flatten_with_path(params)
         leaves = tuple(jnp.asarray(leaf) for _, leaf in entries)
         chosen = (
@@ -116,7 +116,7 @@ class Differentiable:
         return cls(treedef, leaves, tuple(chosen))
 
     def select(self, leaves: Any) -> Leaves:
-        """The entries of ``leaves``, one a leaf of the tree, that are differentiated."""
+        """The entries of ``leaves``, one for each leaf of the tree, that are differentiated."""
         leaves = list(leaves)
         return [leaves[position] for position in self.chosen]
 
@@ -144,12 +144,12 @@ class Differentiable:
 
 
 def is_hole(node: Any) -> bool:
-    """Whether ``node`` is what ``optax.masked`` and ``optax.partition`` leave of a leaf."""
+    """Whether ``node`` is what ``optax.masked`` and ``optax.partition`` put in place of a leaf."""
     return isinstance(node, optax.MaskedNode)
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether ``params`` is what ``optax.tree.map_params`` calls ``init`` with: no tree of arrays.
+    """Whether ``params`` is the stand-in with which ``optax.tree.map_params`` calls ``init``.
 
     It stands for the whole tree. A state must hold it wherever it holds a tree like the params.
     """

@@ -1,6 +1,6 @@
 """The Hessian side: products of a loss's curvature with vectors.
 
-Plain functions of a loss; nothing here knows of Optax.
+Plain functions of a loss; nothing here depends on Optax.
 """
 
 from curvax.curvature._batch_loss import WeightedTargets

@@ -17,14 +17,14 @@ from curvax._checks import is_traced
 from curvax._trees import widen
 from curvax.curvature._losses import OutputLoss
 
-# Dense Hessians of more entries than these are not built together.
+# The most entries that dense Hessians built at the same time may have.
 _DENSE_ENTRIES = 2**22
 
 
 class WeightedTargets(NamedTuple):
-    """Targets of which some examples count more than others, or not at all.
+    """Targets in which some examples count more than others, or not at all.
 
-    They stand wherever a function of network and loss takes targets. The loss of a batch is
+    They may be passed wherever a function of network and loss takes targets. The loss of a batch is
     then the weighted mean, divided by the sum of the weights: padded tokens have weight 0.
 
     Attributes:
@@ -56,7 +56,7 @@ class WeightedTargets(NamedTuple):
 
         Args:
           labels: integer labels, with the outputs' example axes.
-          ignored: the label that says "none"; -100 is PyTorch's.
+          ignored: the label that means "none"; -100 is PyTorch's.
 
         Returns:
           The labels with their weights.
@@ -112,7 +112,7 @@ class BatchLoss(NamedTuple):
         values = self._over_examples(self.loss.value)(widen(outputs), self.targets)
         if self.shares is None:
             return jnp.mean(values)
-        # A loss that is not finite where it does not count must not count.
+        # An example of weight zero must not count, even where its loss is not finite.
         return jnp.sum(jnp.where(self.shares > 0, self.shares * values, 0))
 
     def hessian_vp(self, outputs: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class BatchLoss(NamedTuple):
     def _in_groups(
         self, num_outputs: int, fun: Callable[..., jax.Array]
     ) -> Callable[..., jax.Array]:
-        """The same for one group of examples after the other, whose dense Hessians fit."""
+        """``fun`` over examples, in groups small enough for their dense Hessians to fit."""
         size = max(1, _DENSE_ENTRIES // num_outputs**2)
 
         def flat(leaf: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ def _are_labels(targets: Any) -> bool:
 
 
 def _check_labels(labels: jax.Array, num_classes: int) -> None:
-    """Raises on a label that is no class; traced labels give NaN in the loss instead."""
+    """Raises on a label outside the classes; traced labels give a NaN loss instead."""
     if is_traced(labels):
         return
     values = np.asarray(labels)
@@ -180,7 +180,7 @@ def _check_labels(labels: jax.Array, num_classes: int) -> None:
 
 
 def _check_weights(weights: jax.Array, batch_shape: tuple[int, ...]) -> None:
-    """Raises on weights of another shape, negative or all zero; traced sums give NaN instead."""
+    """Raises on weights of a wrong shape, negative or all zero; traced ones give NaN instead."""
     if weights.shape != batch_shape:
         raise ValueError(
             f"weights must have the outputs' example axes {batch_shape}, one weight for each "

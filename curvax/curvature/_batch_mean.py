@@ -23,8 +23,8 @@ class CompiledProduct(NamedTuple):
 
     Attributes:
       add: the weighted product added to a total.
-      linearized: the product as a function of the vector alone, which `add_linear` adds: what it
-        needs from the network, computed once.
+      linearized: the product as a function of the vector alone, for `add_linear`; what it needs
+        from the network is computed once.
     """
 
     add: Callable[..., Leaves]
@@ -67,8 +67,8 @@ class BatchMean:
 
     Attributes:
       compiled: the product with one batch.
-      functions: what it was compiled for, which is to live as long.
-      part: the parameters, with the leaves that vectors are like.
+      functions: what it was compiled for, kept alive as long as this is.
+      part: the parameters, and which of their leaves vectors match.
       weighted: a list of weights and batches, or a function that starts a pass over them.
       keep: whether what a product needs from the network is computed once and kept.
     """
@@ -119,7 +119,8 @@ class BatchMean:
 
     def _terms(self, *, traced: bool) -> Iterator[tuple[Any, Callable[..., Leaves]]]:
         """For each batch its weight, and a function that adds its weighted product to a total."""
-        # In a caller's graph even zeros are traced; what is kept would be traced, or baked in.
+        # Under a caller's jit even zeros are traced: what is kept would be too, or become a
+        # constant.
         if self.keep and not traced:
             for weight, linear in self._linear_parts():
                 yield weight, lambda stacked, *rest, f=linear: add_linear(stacked, f, *rest)
@@ -193,7 +194,7 @@ def _weighted(
 
 
 def _part(params: PyTree, select: Select | None) -> tuple[Differentiable, PyTree]:
-    """The leaves that take part, in the order of vectors, and what vectors are."""
+    """The leaves that take part, in the order of vectors, and a tree like the vectors."""
     part = Differentiable.of(params, select)
     leaves = part.select(part.leaves)
     if select is None:
@@ -204,7 +205,7 @@ def _part(params: PyTree, select: Select | None) -> tuple[Differentiable, PyTree
     like = {path: part.leaves[position] for path, position in chosen}
     if len(like) < len(chosen):
         raise ValueError(
-            "select needs leaves of different paths, got some of the same: "
+            "select needs leaves with distinct paths, got duplicates: "
             f"{', '.join(path for path, _ in chosen)}."
         )
     if not chosen:

@@ -1,4 +1,4 @@
-"""Batches: the arguments that they stand for, how many examples they hold, and their parts."""
+"""Batches: the arguments they stand for, their number of examples, and their parts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +42,7 @@ def num_examples(arguments: Any, advice: str) -> int | None:
 
 
 def parts(arguments: Any, size: int) -> Iterator[tuple[Any, int]]:
-    """Parts of a batch of ``size`` examples, the last of what is left, and their numbers."""
+    """Parts of a batch, of ``size`` examples or, the last one, fewer, and their sizes."""
     number = num_examples(arguments, "put what has no examples into the loss, by a closure")
     if number is None:
         raise ValueError(

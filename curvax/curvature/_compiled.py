@@ -1,9 +1,9 @@
-"""One cache of what is compiled for a function, by identity, that lets the function go.
+"""One cache of what is compiled for a function, by identity, that does not keep it alive.
 
-A loss is compiled once however often its curvature is asked for. The cache must never answer for
-another function, nor keep one alive: entries are found by ``id``, hold the functions by weak
-references and leave with them. What may compute something else at the next call, such as a method
-of an object whose attributes can change, is compiled anew.
+A loss is compiled once however often its curvature is asked for. The cache must never return the
+entry of another function, nor keep a function alive: entries are found by ``id``, hold functions by
+weak references and are dropped with them. What may compute something else at the next call, such as
+a method of an object whose attributes can change, is compiled each time.
 """
 
 import functools
@@ -29,9 +29,9 @@ _entries: dict[Hashable, _Entry] = {}
 def compiled_once(build: Callable[..., T], *functions: Any, **options: Hashable) -> T:
     """``build(*functions, **options)``, made once for these functions.
 
-    ``build`` must hold its functions only by its arguments: it gets stand-ins that refer to them
-    weakly, so that the caller must keep them alive while it uses the result. Strings and None
-    among the functions are handed over as they are, and tuples item by item.
+    ``build`` must use the functions only through its arguments, which are stand-ins with weak
+    references: the caller must keep the functions alive while it uses the result. Strings and None
+    are passed unchanged, and tuples item by item.
     """
     names = [_identity(function) for function in functions]
     if None in names:
@@ -46,12 +46,8 @@ def compiled_once(build: Callable[..., T], *functions: Any, **options: Hashable)
     return _entries[key].compiled
 
 
-def _drop(key: Hashable, _: Any) -> None:
-    _entries.pop(key, None)
-
-
 def _identity(function: Any) -> Hashable | None:
-    """What no other function has while this one lives; None where calls of it may change."""
+    """A key that is unique while the function is alive; None where its calls may change."""
     if function is None or isinstance(function, str):
         return (function,)
     if isinstance(function, tuple):
@@ -84,10 +80,10 @@ def _weakly(function: Any, references: list[Any], drop: Callable[[Any], Any]) ->
 
 
 class Static:
-    """What is left of a tree without its arrays, as a static argument of a jitted function."""
+    """The rest of a tree without its arrays, as a static argument of a jitted function."""
 
     def __init__(self, treedef: Any, others: tuple[Any, ...]) -> None:
-        """Takes the structure, and the leaves that are no arrays; None stands for an array."""
+        """Takes the structure, and the leaves that are not arrays; None stands for an array."""
         self._treedef, self._others = treedef, others
 
     @classmethod
@@ -105,7 +101,7 @@ class Static:
         return self._treedef.unflatten(next(rest) if o is None else o[0] for o in self._others)
 
     def _key(self) -> Hashable:
-        # A value that has no hash is told apart by identity; 1, 1.0 and True differ.
+        # Unhashable values are compared by identity; 1, 1.0 and True differ.
         return self._treedef, tuple(o and (type(o[0]), _hashable(o[0])) for o in self._others)
 
     def __eq__(self, other: object) -> bool:

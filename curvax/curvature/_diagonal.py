@@ -1,4 +1,4 @@
-"""The signed Hessian diagonal beside value and gradient, in one pass."""
+"""The signed Hessian diagonal with value and gradient, in one pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +32,8 @@ def value_grad_and_hessian_diag(
 
     One entry of a single Rademacher probe has variance $\sum_{j \ne i} H_{ij}^2$. So
     the mean of $D^2$, which AdaHessian keeps, is
-    $H_{ii}^2 + \frac{1}{S} \sum_{j \ne i} H_{ij}^2$: more probes lower it, they do not
-    only make it less noisy, and a learning rate tuned at one $S$ does not transfer.
+    $H_{ii}^2 + \frac{1}{S} \sum_{j \ne i} H_{ij}^2$: more probes lower it as well as make it less
+    noisy, and a learning rate tuned at one $S$ does not transfer to another.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or

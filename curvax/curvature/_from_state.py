@@ -19,17 +19,16 @@ def from_state(
 ) -> Callable[..., tuple[Any, PyTree, PyTree | None]]:
     r"""Makes a one-pass function read its key and the refresh interval from the state.
 
-    The optimizer's state says at which step it is, whether that step wants curvature and which
-    key it draws from, so a training loop carries no key of its own and a checkpoint of state and
-    params resumes a run bit for bit.
+    The optimizer's state holds its step, whether that step needs curvature and which key to draw
+    from, so a training loop carries no key of its own and a checkpoint of state and params resumes
+    a run bit for bit.
 
     Args:
       one_pass: a function ``(params, *args, key, **kwargs) -> (value, grads, diag)``:
         `curvax.value_grad_and_hessian_diag`, `curvax.value_grad_and_ggn_diag` and
-        `curvax.value_grad_and_ggn_diag_from_outputs` make one, or one of yours. Steps without
-        curvature call its attribute ``value_and_grad``, which those have. A function without it
-        is called as always and its ``diag`` dropped: under ``jit`` XLA removes what is then
-        unused.
+        `curvax.value_grad_and_ggn_diag_from_outputs` make one, or write your own. Steps without
+        curvature call its attribute ``value_and_grad``, which those have. A function without it is
+        called as always and its ``diag`` dropped: under ``jit`` XLA removes what is then unused.
 
     Returns:
       A function ``(params, *args, state, refresh=None, **kwargs) -> (value, grads, diag)``.
@@ -39,17 +38,17 @@ def from_state(
       ``opt_state`` of ``nnx.Optimizer``; where several optimizers keep curvature, pass the
       state of one.
 
-      ``refresh`` is static. ``None`` does what the state says. With an ``update_interval`` of 1
-      that is known beforehand: every step computes. Otherwise ``lax.cond`` decides in the
+      ``refresh`` is static. ``None`` follows the state. With an ``update_interval`` of 1 the answer
+      is known beforehand: every step computes curvature. Otherwise ``lax.cond`` decides in the
       compiled step: off the refresh steps only the gradient is computed and ``diag`` is zeros,
       which the optimizer ignores. ``True`` computes, ``False`` skips the product and returns
       ``None`` for ``diag``: compile one step for each and choose on the host, with
-      `curvax.refresh_due`. On CPU do that for convolutional networks, since XLA runs the
-      gradients of a convolution 5 to 25 times slower inside a conditional.
+      `curvax.refresh_due`. On CPU do that for convolutional networks, since XLA runs the gradients
+      of a convolution 5 to 25 times slower inside a conditional.
 
     Raises:
-      ValueError: where the state holds no such optimizer or several of them, whose paths
-        are then named; on a ``refresh`` that is not static.
+      ValueError: if the state holds no such optimizer, or several, naming their paths; on a
+        ``refresh`` that is not static.
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax

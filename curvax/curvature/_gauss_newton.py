@@ -144,8 +144,8 @@ def fisher_vp(
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: if the loss is no such likelihood, targets are missing, or something does
-        not match.
+      ValueError: if the loss is not such a likelihood, targets are missing, or something does not
+        match.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -212,11 +212,10 @@ def value_grad_and_ggn_diag(
     D = z \odot G z, \qquad E[D] = \operatorname{diag} G.
     $$
 
-    It is signed: $G$ is positive semi-definite, yet about half the entries of one
-    $z \odot Gz$ are negative. Fed to AdaHessian as ``hessian_diag``, the mean of
-    $D^2$ estimates $G_{ii}^2 + \sum_{j \ne i} G_{ij}^2$, the squared norm of a
-    row of $G$, as it does for the Hessian. The network is linearized once: one forward
-    pass, one of tangents, two backward.
+    It is signed: although $G$ is positive semi-definite, about half the entries of one $z \odot Gz$
+    are negative. Fed to AdaHessian as ``hessian_diag``, the mean of $D^2$ estimates
+    $G_{ii}^2 + \sum_{j \ne i} G_{ij}^2$, the squared norm of a row of $G$, as it does for the
+    Hessian. The network is linearized once: one forward pass, one of tangents, two backward.
 
     Args:
       network: as in `curvax.ggn_vp`.
@@ -356,7 +355,7 @@ def _value_and_grad(
 def _value_and_grad_of(
     network: Network, loss: Loss, has_aux: bool
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """The part of a one-pass function that needs no curvature."""
+    """The part of a one-pass function without the curvature."""
 
     def value_and_grad(
         params: PyTree, inputs: Any, targets: Any, **kwargs: Any

@@ -6,9 +6,9 @@ $$
 E[z \odot Hz] = \operatorname{diag}(H), \qquad E[z^T H z] = \operatorname{tr}(H),
 $$
 
-so the mean over probes estimates, and the spread over probes tells how well. The gradient is
-linearized once; the probes then run through the linear map in batches of
-``probe_batch_size``, and only running sums are kept. All of it is compiled once for a loss.
+so the mean over probes is the estimate, and their spread gives its standard error. The gradient is
+linearized once; the linear map is applied to the probes in batches of ``probe_batch_size``, and
+only running sums are kept. All of it is compiled once for a loss.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class DiagEstimate(NamedTuple):
 
     Attributes:
       value: a tree like ``params``, in float32 or wider.
-      standard_error: a tree like ``params``: one standard deviation of ``value``; NaN with a
-        single probe, which tells nothing of its spread, and 0 where the value is exact.
+      standard_error: a tree like ``params``: one standard deviation of ``value``; NaN with a single
+        probe, and 0 where the value is exact.
     """
 
     value: PyTree
@@ -51,7 +51,7 @@ class TraceEstimate(NamedTuple):
       per_leaf: a tree like ``params`` of scalars, the trace of each leaf's diagonal block;
         they add up to ``value``. None where the method has none.
       per_leaf_standard_error: a tree like ``params`` of scalars, or None.
-      samples: what each probe gave, of shape (num_probes,); of shape (0,) where the value is
+      samples: the estimate of each probe, of shape (num_probes,); of shape (0,) where the value is
         exact.
       num_matvecs: the number of products taken.
     """
@@ -65,7 +65,7 @@ class TraceEstimate(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What is static in an estimate."""
+    """The static options of an estimate."""
 
     num_probes: int
     probe_batch_size: int
@@ -145,13 +145,12 @@ def hessian_diag(
         anything else, such as a Python number, is static.
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
-      probe_batch_size: how many products are vectorized; the rest follow one batch after
-        the other. One keeps the memory at that of a single product; larger is faster. (On
-        CPU the gradients of a convolution are slow in any loop: there set it to
-        ``num_probes``.)
+      probe_batch_size: how many products are vectorized at a time. One keeps the memory at that of
+        a single product; larger is faster. (On CPU the gradients of a convolution are slow in any
+        loop: there set it to ``num_probes``.)
       distribution: ``"rademacher"`` or ``"normal"``.
-      method: ``"hutchinson"``, or ``"exact"``: one product for each parameter, for models
-        of up to some ten thousand of them.
+      method: ``"hutchinson"``, or ``"exact"``: one product for each parameter, for models of up to
+        about ten thousand of them.
       has_aux: whether ``fun`` returns auxiliary data, which is dropped.
       mode: how products are taken, see `curvax.value_grad_and_hvp`.
       **kwargs: keyword arguments of ``fun``.
@@ -334,14 +333,14 @@ def _sum(per_leaf: PyTree) -> jax.Array:
 def _sample_moments(
     sample: Callable[[jax.Array], tuple[PyTree, Any]], key: jax.Array, options: _Options
 ) -> tuple[_Moments, Any]:
-    """Moments of the samples, of which one batch is alive at a time, and what is kept of each."""
+    """Moments of the samples, taken a batch at a time, and what is kept of each sample."""
     keys = jax.random.split(key, options.num_probes)
     moments = _Moments.zeros(jax.eval_shape(sample, keys[0])[0])
     batch = min(options.probe_batch_size, options.num_probes)
     whole = options.num_probes // batch * batch
 
     def step(moments: _Moments, keys: jax.Array) -> tuple[_Moments, Any]:
-        if len(keys) == 1:  # some kernels have no vmap
+        if len(keys) == 1:  # some kernels do not support vmap
             samples, kept = jax.tree.map(lambda x: x[jnp.newaxis], sample(keys[0]))
         else:
             samples, kept = jax.vmap(sample)(keys)

@@ -1,7 +1,7 @@
-r"""Losses that are convex in a network's outputs, with the Hessian that they have there.
+r"""Losses that are convex in a network's outputs, with their Hessians in the outputs.
 
-A loss is that of one example, $\ell(f_n, y_n)$ with the outputs $f_n$ of shape ``(C,)``. The
-Hessians of the two named ones in the outputs, and a factor $B$ of each, are analytic:
+A loss is that of one example, $\ell(f_n, y_n)$ with the outputs $f_n$ of shape ``(C,)``. The output
+Hessians of the two named losses, and a factor $B$ of each, are analytic:
 
 * softmax cross-entropy: $\operatorname{diag}(p) - p p^T = B B^T$ with
   $B = \operatorname{diag}(\sqrt p)\,(I - \sqrt p \sqrt p^T)$;
@@ -25,10 +25,9 @@ class OutputLoss(NamedTuple):
         output Hessian.
       is_likelihood: whether the loss is the negative log-likelihood of an exponential
         family in its natural parameters. Then the Gauss-Newton matrix is the Fisher matrix.
-      takes_labels: whether integer targets are labels of classes, which are then refused
-        unless they are in ``[0, C)``.
-      has_dense_factor: whether ``hessian_factor_vp`` builds a ``(C, C)`` matrix, so that examples
-        are taken in groups where those of all of them would not fit.
+      takes_labels: whether integer targets are class labels, which must then be in ``[0, C)``.
+      has_dense_factor: whether ``hessian_factor_vp`` builds a ``(C, C)`` matrix for each example,
+        so that large batches are processed in groups.
     """
 
     value: Callable[[jax.Array, Any], jax.Array]
@@ -42,7 +41,7 @@ class OutputLoss(NamedTuple):
 def convex_loss(
     example_loss: Callable[[jax.Array, Any], jax.Array], *, is_likelihood: bool = False
 ) -> OutputLoss:
-    r"""Makes an `curvax.OutputLoss` of any convex loss of one example's outputs.
+    r"""Makes a `curvax.OutputLoss` from any convex loss of one example's outputs.
 
     Hessian products are one ``jvp`` of the gradient. The factor $B$ is the symmetric
     square root of the dense $C \times C$ Hessian of an example, for which an
@@ -57,7 +56,7 @@ def convex_loss(
         its natural parameters, so that `curvax.fisher_vp` may use it.
 
     Returns:
-      The loss, to be handed to `curvax.ggn_vp` and the Gauss-Newton diagonals.
+      The loss, for `curvax.ggn_vp` and the Gauss-Newton diagonals.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -83,14 +82,14 @@ def convex_loss(
 def _cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     log_probs = jax.nn.log_softmax(logits)
     if jnp.issubdtype(jnp.result_type(target), jnp.integer):
-        # Under jit a label out of range cannot be refused: value and gradient are NaN then.
+        # Under jit a label out of range cannot raise: value and gradient are NaN instead.
         inside = (target >= 0) & (target < logits.size)
         return -log_probs[target] * jnp.where(inside, 1, jnp.nan).astype(logits.dtype)
     return -jnp.sum(target * log_probs)
 
 
-# Both products are written without a parenthesis: XLA's CPU backend of jaxlib 0.10 computes
-# p * (t - sum(p * t)) wrongly for many vectors t beside one p.
+# Both products are written out: XLA's CPU backend of jaxlib 0.10 gets p * (t - sum(p * t)) wrong
+# for many vectors t with one p.
 
 
 def _cross_entropy_hessian_vp(

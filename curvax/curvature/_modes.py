@@ -37,10 +37,10 @@ def explained(mode: str, *, finite_differences: bool = True) -> Iterator[None]:
 
 
 def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
-    """``fun(*args)``, with an error at once where its graph would fail when it is compiled.
+    """``fun(*args)``, raising early where its graph would fail to compile.
 
-    Under ``jax.jit`` JAX refuses the forward mode of a custom_vjp function only then. Outside of
-    it, that is when an operation is called.
+    Under ``jax.jit`` JAX refuses the forward mode of a custom_vjp function only on compiling;
+    outside it, as soon as the operation is called.
     """
     if not any(map(is_traced, jax.tree.leaves(args))):
         return fun(*args)
@@ -58,7 +58,7 @@ def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
 
 
 def check_graph(graph: Any) -> None:
-    """Raises if a graph has the forward mode of a function that has none."""
+    """Raises if a graph takes the forward mode of a function that does not support it."""
     for equation in graph.eqns:
         if equation.primitive.name == "custom_lin":
             raise TypeError("forward-mode differentiation of a custom_vjp function")

@@ -14,7 +14,7 @@ class OnePass:
     """A one-pass function, called as ``(params, *args, key, **kwargs) -> (value, grads, diag)``.
 
     Attributes:
-      fun: the loss, or the network, that it was made of.
+      fun: the loss or network it was made from.
       value_grad_and_diag: what a call runs.
       value_and_grad: ``(params, *args, **kwargs) -> (value, grads)``, the same without curvature.
     """

@@ -1,4 +1,4 @@
-"""Symmetric operators on trees: a product, what it takes, and its forms in other libraries."""
+"""Symmetric operators on trees, and conversions to other libraries."""
 
 import functools
 import math
@@ -32,16 +32,16 @@ class ById:
 class Operator:
     r"""A symmetric matrix $A$ known by its products with trees.
 
-    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is a
-    tree itself and may be an argument of a jitted function. Its arrays are ``like`` and those of
-    ``product`` where that is a tree, as `jax.tree_util.Partial` is; what a plain function closes
-    over is a constant there.
+    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is
+    itself a pytree and may be an argument of a jitted function. Its arrays are ``like`` and those
+    of ``product`` where that is a pytree, as `jax.tree_util.Partial` is; what a plain function
+    closes over is a constant.
 
     Args:
       product: ``vector -> A vector``, on trees like ``like``.
       like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
       products: ``vectors -> [A vector for each]``, for several at once; by default the method
-        ``products`` of ``product``, or one product after the other where it has none.
+        ``products`` of ``product``, or one product at a time where it has none.
 
     Attributes:
       like: that tree, in float32 or wider.
@@ -163,8 +163,8 @@ def check_symmetric(
       operator: $A$.
       key: a PRNG key for the vectors, or an integer seed.
       num_probes: the number of pairs.
-      tolerance: of the difference, relative to $\lVert A u \rVert + \lVert A v \rVert$: of random
-        vectors the first has the size of $\lVert A - A^T \rVert_F$, the second of
+      tolerance: of the difference, relative to $\lVert A u \rVert + \lVert A v \rVert$: for random
+        vectors the difference is of the order of $\lVert A - A^T \rVert_F$, the sum of
         $\lVert A \rVert_F$.
 
     Returns:
@@ -201,11 +201,11 @@ def in_groups(items: jax.Array, size: int) -> Iterator[jax.Array]:
 
 @functools.lru_cache(maxsize=64)
 def _drawer(shardings: tuple[Any, ...]) -> Callable[..., list[jax.Array]]:
-    """`random_probe`, compiled, where a mesh's automatic axes would forget the shardings."""
+    """`random_probe`, compiled with shardings, which automatic axes of a mesh would lose."""
     return jax.jit(random_probe, static_argnums=2, out_shardings=list(shardings))
 
 
 def _named_sharding(leaf: Any) -> jax.sharding.NamedSharding | None:
-    # Within a caller's graph, the compiler decides.
+    # Under a caller's jit the compiler decides.
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None

@@ -32,29 +32,30 @@ def hessian_operator(
     $A = \sum_b w_b \nabla^2 L_b(\theta) / \sum_b w_b$, with $w_b$ the number of examples in batch
     $b$: an uneven last batch counts by its size. The product with one batch is compiled and called
     from the host for each, so that data may be streamed, and the gradients of convolutions
-    stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, other values that
+    stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, values that
     ``loss_fn`` closes over are those of its first call: what changes must be in ``params`` or
     ``batches``. Parameters narrower than float32 are widened. Integer and bool leaves are held
-    constant: vectors have None in their place.
+    constant: vectors have None in their places.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch, in evaluation mode.
       params: the parameters.
       batches: an iterable of the further arguments of ``loss_fn``: a tuple or list of them, or a
-        single one that is neither. Lists, tuples and iterators of batches are kept, and their
-        arrays are the operator's own under ``jax.jit``; any other iterable is read once a product.
+        single one that is neither. Batches in lists, tuples and iterators are kept, and their
+        arrays belong to the operator under ``jax.jit``; any other iterable is read once for each
+        product.
       select: ``(path, leaf) -> bool``, the leaves that the operator is restricted to; vectors are
         then dictionaries of paths.
       batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the length of the first axis,
-        on which all arrays must agree, one where there is none.
-      linearize: whether what a product needs from the network is computed once for each batch and
-        kept, which saves about a third of a product's time for about the memory that the product
-        of a batch takes, times the number of batches. None for yes where there is a single batch
-        that is kept, and ``mode`` is not ``"finite_differences"``, which has nothing to keep.
+        on which all arrays must agree, or one where there are only scalars.
+      linearize: whether what products need from the network is computed once for each batch and
+        kept. It saves about a third of a product's time, and takes about the memory of one batch's
+        product times the number of batches. None means yes for a single kept batch, unless ``mode``
+        is ``"finite_differences"``, which has nothing to keep.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
       mode: how products are taken, see `curvax.value_grad_and_hvp`.
       check_deterministic: whether to compare two products of the same vector and warn if they
-        differ: batches that are augmented, or bring a new key for dropout, at each pass.
+        differ, as with augmentation or a new dropout key at each pass.
 
     Returns:
       The operator.
@@ -111,8 +112,8 @@ def ggn_operator(
       network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
       loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. Where
-        targets have weights, ``batch_weight`` should give their sum.
+      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. If
+        targets have weights, ``batch_weight`` should return their sum.
       select: as `hessian_operator` takes it.
       batch_weight: see there.
       linearize: see there.

@@ -19,8 +19,8 @@ Distribution = Literal["rademacher", "normal"]
 
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
     """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
-    # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not move
-    # the conversion behind the collective, and where a weight will be gathered is not known here.
+    # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not
+    # move the conversion past the collective, and gathers are not known here.
     bits = jax.random.bits(key, shape, jnp.uint8, out_sharding=out_sharding)
     return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
 
@@ -39,7 +39,7 @@ def random_probe(
     one.
 
     Args:
-      key: a PRNG key, typed or raw, or an integer seed. Every leaf draws from its own part of it.
+      key: a PRNG key, typed or raw, or an integer seed. Each leaf draws from its own split of it.
       params: a tree of arrays; only shapes, dtypes and shardings are read.
       distribution: ``"rademacher"`` or ``"normal"``.
 

@@ -10,8 +10,8 @@ $$
 with one forward and one backward pass and their tangents: nothing is evaluated twice, the
 same dropout key and batch statistics serve all three, and ``aux`` comes back once.
 
-Only ``params`` gets a tangent; a batch among the other arguments never does. Integer and
-bool leaves of ``params`` take no part: their gradients and products are zeros.
+Only ``params`` gets a tangent; a batch among the other arguments never does. Integer and bool
+leaves of ``params`` are held constant: their gradients and products are zeros.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def value_grad_and_hvp(
       has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
       mode: how the product is taken.
 
-        * ``"forward_over_reverse"``: one ``jvp`` of ``value_and_grad``. The fastest and
-          the leanest.
+        * ``"forward_over_reverse"``: one ``jvp`` of ``value_and_grad``. The fastest, with the least
+          memory.
         * ``"reverse_over_reverse"``: a ``vjp`` of the gradient, for a loss with a kernel
           that has no forward-mode rule (some fused attention). About twice the memory.
         * ``"finite_differences"``: a central difference of two further gradients, for a
@@ -68,7 +68,7 @@ def value_grad_and_hvp(
       conjugate of the direction of steepest ascent.
 
     Raises:
-      ValueError: on an unknown ``mode``, one that an operation of the loss does not allow, a
+      ValueError: on an unknown ``mode``, one that an operation of the loss does not support, a
         tangent that does not match ``params``, or a loss that is not a real scalar.
 
     Example:
@@ -154,7 +154,7 @@ def linearized_hvp(
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
 ) -> Callable[[PyTree], PyTree]:
-    r"""Takes the gradient's linearization once, for many products at one point.
+    r"""Linearizes the gradient once, for many products at one point.
 
     The function returned evaluates $t \mapsto \nabla^2 f(\theta)\, t$ from the stored
     intermediate values of one forward and one backward pass (``"finite_differences"`` has
@@ -211,7 +211,7 @@ def linearized_hvp(
 
 
 def cast_like(tangents: Leaves, leaves: Leaves) -> Leaves:
-    """Each tangent in its leaf's dtype, which is what ``jvp`` asks for."""
+    """Each tangent in its leaf's dtype, as ``jvp`` requires."""
     pairs = zip(tangents, leaves, strict=True)
     return [jnp.asarray(tangent, leaf.dtype) for tangent, leaf in pairs]
 

@@ -1,4 +1,4 @@
-"""When curvature is refreshed: the rule, and what an optimizer's state says of its next step."""
+"""When curvature is refreshed: the rule, and what an optimizer's state says about its next step."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from curvax._find import find_node
 
 @runtime_checkable
 class RefreshState(Protocol):
-    """What an optimizer's state must hold to say when curvature is due, and its key."""
+    """What an optimizer's state must hold: whether curvature is due, and the key."""
 
     @property
     def count(self) -> jax.Array:
@@ -20,7 +20,7 @@ class RefreshState(Protocol):
 
     @property
     def due(self) -> jax.Array | None:
-        """Whether the coming step refreshes the curvature, a bool scalar; None if every step does.
+        """Whether the next step refreshes the curvature, a bool scalar; None if every step does.
 
         None is part of the state's structure, so nothing is left to decide in a compiled step.
         """
@@ -33,15 +33,15 @@ class RefreshState(Protocol):
 def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> Any:
     r"""Whether a step refreshes the curvature.
 
-    The first ``refresh_warmup`` steps do, and from there on every ``update_interval``-th: step
-    $t$ with warm-up $w$ and interval $n$ if
+    The first ``refresh_warmup`` steps do, and then every ``update_interval``-th: step $t$ with
+    warm-up $w$ and interval $n$ if
 
     $$
     t < w \quad \text{or} \quad (t - w) \bmod n = 0
     $$
 
-    `curvax.adahessian` uses the same rule. Loops that decide on the host call it with the same
-    two numbers, so that both refresh at the same steps.
+    `curvax.adahessian` uses the same rule. Loops that decide on the host call it with the
+    optimizer's two numbers, so that both refresh at the same steps.
 
     Args:
       step: the number of steps taken before this one, an integer or an int array.
@@ -53,8 +53,8 @@ def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> Any
       A Python bool if all arguments are Python or NumPy integers, else a bool array.
 
     Raises:
-      ValueError: if ``update_interval`` is no integer of at least 1, or ``refresh_warmup`` none of
-        at least 0; arrays are not looked at.
+      ValueError: if ``update_interval`` is not an integer of at least 1, or ``refresh_warmup`` not
+        one of at least 0; arrays are not checked.
 
     Example:
       >>> import curvax
@@ -69,7 +69,7 @@ def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> Any
 
 
 def check_refresh_rule(update_interval: Any, refresh_warmup: Any) -> None:
-    """Raises unless both are integers in range; arrays, a schedule's values, are let through."""
+    """Raises unless both are integers in range; arrays, as from schedules, are let through."""
     if not isinstance(update_interval, jax.Array):
         check_count("update_interval", update_interval)
     if not isinstance(refresh_warmup, jax.Array):
@@ -87,10 +87,10 @@ def every_step(update_interval: Any) -> bool:
 
 
 def decide(refresh: Any, state: RefreshState) -> bool | jax.Array:
-    """Whether the coming step refreshes: a bool where that is known, else a traced bool scalar.
+    """Whether the next step refreshes: a bool where that is known, else a traced bool scalar.
 
     Args:
-      refresh: the static argument of the user: True, False, or None for what the state says.
+      refresh: the user's static argument: True, False, or None to follow the state.
       state: the optimizer's own state.
     """
     if isinstance(refresh, jax.Array):
@@ -103,12 +103,12 @@ def decide(refresh: Any, state: RefreshState) -> bool | jax.Array:
         return bool(refresh)
     if state.due is None:
         return True
-    # Outside jit the value is there, and a conditional would be compiled at each call.
+    # Outside jit the value is known, and a conditional would be compiled at each call.
     return state.due if is_traced(state.due) else bool(state.due)
 
 
 def step_key(state: RefreshState) -> jax.Array:
-    """The key of the step that ``state`` is about to take."""
+    """The key of the next step."""
     return jax.random.fold_in(state.key, state.count)
 
 

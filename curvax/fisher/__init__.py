@@ -1,6 +1,6 @@
 """The gradient side: the empirical Fisher matrix of a window of gradients, and its inverse.
 
-Plain functions of gradients; nothing here knows of Optax.
+Plain functions of gradients; nothing here depends on Optax.
 """
 
 from curvax.fisher._inverse import Solution, solve_damped_gram

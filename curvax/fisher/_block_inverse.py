@@ -2,7 +2,7 @@ r"""The inverse of a block-diagonal empirical Fisher matrix, many blocks at a ti
 
 A block of $B$ columns is inverted through the smaller of two matrices: the block itself,
 $A = \lambda I + \frac1m G_b^T G_b$ ($B \times B$), or its dual $K = m \lambda I + G_b G_b^T$
-($m \times m$). The first subtracts nothing, so it is also taken where both are equal in size.
+($m \times m$). The first subtracts nothing, so it is preferred where both have the same size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ class BlockInverse:
     """$F^{-1}$ of consecutive blocks of columns, in batches: ``(n, m, B)`` rows at a time.
 
     Attributes:
-      columns: the gradients; of a stream, its first chunk, which says the shapes.
+      columns: the gradients; for a stream its first chunk, which determines the shapes.
       failed: for each block, whether its diagonal had to be raised.
     """
 
@@ -46,7 +46,7 @@ class BlockInverse:
           block_size: $B$.
           workspace_bytes: about how much memory the rows and matrices of a batch may take.
           mesh: devices over all of which the blocks of a batch are spread.
-          later_chunks: further rows, each added to the blocks $G_b^T G_b$ and forgotten.
+          later_chunks: further rows, each added to the blocks $G_b^T G_b$ and discarded.
         """
         self.columns = columns
         self._damping = damping
@@ -66,7 +66,7 @@ class BlockInverse:
             kernel = over_devices(factor_primal if self.primal else factor_dual)
             shift = damping * self.num_rows
             factored = (kernel(rows, shift) for rows in self._blocks.all_rows())
-        # What is kept is as large as the gradients, so it goes where they are.
+        # The factors are as large as the gradients, so they are kept where those are.
         keep: Callable[[Any], Any] = np.asarray if columns.on_host() else lambda array: array
         pairs = [(keep(factor), failed) for factor, failed in factored]
         self._factors = [factor for factor, _ in pairs]

@@ -2,7 +2,7 @@
 
 Top-k selection works on blocks of a few thousand entries, so that a position in its block fits
 16 bits. Flattening a sharded leaf would gather it. So a block is a box: each axis is cut into
-the largest power of two, up to 8, that divides it, and these parts further until a block is
+the largest power of two, up to 8, that divides it, and the parts are cut further until a block is
 small enough. An axis sharded over as many devices as it has cuts keeps its blocks local.
 """
 
@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
 
     Attributes:
       shape: the leaf's.
-      shards: for each axis, the number of equal parts that are cut further by themselves.
+      shards: for each axis, the number of equal parts, each cut further on its own.
       sides: for each axis, the side of a block; the last of a part may be padded.
     """
 

@@ -1,8 +1,8 @@
 r"""Solves a symmetric positive definite system by a blocked Cholesky factorization.
 
-The factorization of blocks of 128 is XLA's; everything between is matrix products. On a CPU, XLA
-hands a whole matrix to LAPACK, whose threads then wait actively for some 20 ms and take the cores
-from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then took 85
+The factorization of blocks of 128 is XLA's; the rest is matrix products. On a CPU, XLA passes a
+whole matrix to LAPACK, whose threads then busy-wait for about 20 ms and take the cores from the
+two passes over M-FAC's window: at $m = 512$ a step of 59 ms then took 85
 (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single thread.
 """
 
@@ -19,8 +19,8 @@ def cholesky_solver(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
     r"""Factors $A$ and returns ``b -> x`` with $A x = b$; NaN where a pivot is not positive.
 
     With the leading block $A_{11} = L L^T$ and $W = L^{-1}$, the rest of the matrix is reduced to
-    $A_{22} - R^T R$, $R = W A_{12}$, and so on; a solution reduces $b$ alike, then goes back in
-    reverse order.
+    $A_{22} - R^T R$, $R = W A_{12}$, and so on; a solution reduces $b$ likewise, then substitutes
+    back in reverse order.
 
     Args:
       matrix: $A$, symmetric, of shape (m, m).
@@ -56,7 +56,7 @@ def cholesky_solver(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
 
 
 def _padded(matrix: jax.Array, margin: int) -> jax.Array:
-    """The matrix of a system with further unknowns, which are zero."""
+    """The matrix of the system padded with unknowns that are zero."""
     if not margin:
         return matrix
     return jax.scipy.linalg.block_diag(matrix, jnp.eye(margin, dtype=matrix.dtype))
@@ -65,7 +65,7 @@ def _padded(matrix: jax.Array, margin: int) -> jax.Array:
 def _inverse_of_lower(factor: jax.Array) -> jax.Array:
     r"""The inverse of a lower triangle whose size is a power of two, by doubling.
 
-    With the inverses of the diagonal blocks of one size at hand, those of twice the size have
+    Given the inverses of the diagonal blocks of one size, those of twice the size have
     $-B^{-1} C A^{-1}$ below the diagonal.
     """
     size = len(factor)

@@ -1,6 +1,6 @@
 """Columns cut into blocks of one size, many blocks at a time.
 
-A ragged tail is filled up with columns of zeros, which the others do not notice.
+A ragged tail is padded with columns of zeros, which do not affect the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ class ColumnBlocks:
         self.starts = range(0, columns.num_columns, self.number * self.size)
 
     def _blocks_in_batch(self, side: int, workspace_bytes: int) -> int:
-        """As many blocks as the bytes allow, in batches of one size, for any number of devices."""
+        """As many blocks as fit the workspace, in batches that the devices divide."""
         itemsize = jnp.dtype(self.columns.dtype).itemsize
         block_bytes = (2 * self.columns.num_rows * self.size + 3 * side**2) * itemsize
         total = -(-self.columns.num_columns // self.size)
@@ -68,7 +68,7 @@ class ColumnBlocks:
         return (self.rows(start) for start in self.starts)
 
     def vectors(self, leaves: Sequence[jax.Array]) -> Iterator[jax.Array]:
-        """A vector as the blocks see it, a batch of shape (n, B) at a time."""
+        """A vector cut as the columns are, a batch of shape (n, B) at a time."""
         vector = Columns([leaf[jnp.newaxis] for leaf in leaves], self.columns.dtype)
         return (self.rows(start, vector)[:, 0] for start in self.starts)
 
@@ -79,13 +79,13 @@ class ColumnBlocks:
         return [leaf[0] for leaf in self.columns.split(flat[jnp.newaxis])]
 
     def everywhere(self, array: jax.Array) -> jax.Array:
-        """The array on all devices of the mesh."""
+        """The array replicated on all devices of the mesh."""
         if self._mesh is None:
             return array
         return jax.device_put(array, jax.NamedSharding(self._mesh, jax.P()))
 
     def over_devices(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """The kernel on a batch, each device of the mesh with blocks of its own."""
+        """The kernel on a batch, whose blocks are spread over the devices of the mesh."""
         if self._mesh is None:
             return kernel
         mesh, blocks = self._mesh, jax.P(self._mesh.axis_names)

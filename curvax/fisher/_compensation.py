@@ -1,4 +1,4 @@
-r"""What kept entries take over from removed ones: a ridge regression in each block.
+r"""How kept entries compensate for removed ones: a ridge regression in each block.
 
 Removing the entries $Q$ of $w$ changes $\frac12 \delta^T F \delta$ least if the kept ones, $S$,
 move by
@@ -40,7 +40,7 @@ def compensation(
     mesh: jax.sharding.Mesh | None,
     workspace_bytes: int = 2**28,
 ) -> list[jax.Array]:
-    r"""The change of the kept entries that makes up best for the removal of the others.
+    r"""The change of the kept entries that best compensates for the removal of the others.
 
     Args:
       grads: leaves of shape ``(m, *shape)``.
@@ -106,21 +106,22 @@ def _sparse_blocks_in_primal_form(
     mask: jax.Array,
     shift: float,
 ) -> jax.Array:
-    """The changes, those of blocks that keep no more entries than there are gradients anew."""
+    """The changes, recomputed in blocks that keep no more entries than there are gradients."""
     width = rows.shape[1]
     kept = np.asarray(mask) > 0
     counts = kept.sum(axis=1)
-    few = np.flatnonzero((counts > 0) & (counts <= width))
-    if not len(few):
+    sparse = np.flatnonzero((counts > 0) & (counts <= width))
+    if not len(sparse):
         return changes
-    # A power of two of blocks, the first of them several times, so that few shapes are compiled.
-    few = np.pad(few, (0, (1 << (len(few) - 1).bit_length()) - len(few)), constant_values=few[0])
+    # The number of blocks is padded to a power of two, so that few shapes are compiled.
+    margin = (1 << (len(sparse) - 1).bit_length()) - len(sparse)
+    sparse = np.pad(sparse, (0, margin), constant_values=sparse[0])
     outside = kept.shape[1]
-    places = np.full((len(few), width), outside)
-    for place, block in zip(places, few, strict=True):
+    places = np.full((len(sparse), width), outside)
+    for place, block in zip(places, sparse, strict=True):
         place[: counts[block]] = np.flatnonzero(kept[block])
-    chosen = (blocks.everywhere(array[few]) for array in (rows, vector))
-    return _scattered_ridge(changes, *chosen, few, places, shift)
+    chosen = (blocks.everywhere(array[sparse]) for array in (rows, vector))
+    return _scattered_ridge(changes, *chosen, sparse, places, shift)
 
 
 @jax.jit
@@ -128,17 +129,17 @@ def _scattered_ridge(
     changes: jax.Array,
     rows: jax.Array,
     vector: jax.Array,
-    few: jax.Array,
+    sparse: jax.Array,
     places: jax.Array,
     shift: Any,
 ) -> jax.Array:
-    """``places``: the kept columns of each of the ``few`` blocks, past the last to fill up."""
+    """``places``: the kept columns of each of the ``sparse`` blocks, padded past the last."""
     kept = jnp.take_along_axis(rows, places[:, jnp.newaxis], axis=2, mode="fill", fill_value=0)
     changed = _ridge(kept, _target(rows, vector), shift)
-    numbers = jnp.arange(len(few))[:, jnp.newaxis]
-    spread = jnp.zeros((len(few), rows.shape[2]), rows.dtype)
+    numbers = jnp.arange(len(sparse))[:, jnp.newaxis]
+    spread = jnp.zeros((len(sparse), rows.shape[2]), rows.dtype)
     spread = spread.at[numbers, places].set(changed, mode="drop")
-    return changes.at[few].set(spread)
+    return changes.at[sparse].set(spread)
 
 
 def _target(rows: jax.Array, vector: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class FullInverse:
-    """$F^{-1}$ over all columns; a leaf on devices keeps its sharding, one of NumPy is streamed."""
+    """$F^{-1}$ over all columns; a leaf on devices keeps its sharding, a NumPy one is streamed."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class FullInverse:
           columns: the gradients.
           damping: $\lambda$.
           workspace_bytes: about how much memory the columns on the device may take at a time.
-          kept: for each leaf a bool for each entry: columns without it count as zeros in $K$.
+          kept: for each leaf a bool for each entry: the others count as zeros in $K$.
         """
         self.columns = columns
         self._damping = damping
@@ -109,7 +109,7 @@ class FullInverse:
         return self._assemble((part.leaf, piece(part)) for part in self._parts())
 
     def compensate(self, vectors: Sequence[jax.Array]) -> list[jax.Array]:
-        r"""$G_S^T K_S^{-1} G v$ over the kept columns $S$: what they take over from $v$."""
+        r"""$G_S^T K_S^{-1} G v$ over the kept columns $S$: how they compensate for $v$."""
         weights = self._weights(vectors)
         return self._assemble(
             (part.leaf, leaf_combine(self._kept(part), weights, part.of(vectors[part.leaf])))
@@ -138,7 +138,7 @@ class FullInverse:
 def dual_element(
     factor: jax.Array, first: jax.Array, second: jax.Array, damping: float, *, on_diagonal: bool
 ) -> jax.Array:
-    """An entry from two columns of the gradients, on the diagonal within its bounds."""
+    """An entry from two columns of the gradients; on the diagonal, clipped to its bounds."""
     if on_diagonal:
         return guarded_diagonal(factor, first[:, jnp.newaxis], damping, in_chunks=False)[0]
     return -jnp.sum(_apply(factor, first) * _apply(factor, second)) / damping
@@ -148,7 +148,7 @@ def dual_element(
 def guarded_diagonal(
     factor: jax.Array, rows: jax.Array, damping: float, *, in_chunks: bool
 ) -> jax.Array:
-    r"""The diagonal of $F^{-1}$, between the bounds that hold for it whatever the rounding.
+    r"""The diagonal of $F^{-1}$, clipped to its exact bounds.
 
     $1 / F_{ii} \le [F^{-1}]_{ii} \le 1 / \lambda$: the difference that gives the entry loses
     digits where it is small, and could even be negative.

@@ -14,9 +14,9 @@ F^{-1} G^T = n\, G^T K^{-1}, \qquad F^{-1} v = \frac1\lambda \left(v - G^T K^{-1
 $$
 
 The first is the push-through identity. For a gradient in the window, $g_j = G^T e_j$, it gives
-$F^{-1} g_j = n\, G^T K^{-1} e_j$ without a subtraction, where the second, on which the published
-recurrences rest, cancels all but the last digits: with a small $\lambda$, $v$ and its projection
-agree to $\lambda / \lVert F \rVert$.
+$F^{-1} g_j = n\, G^T K^{-1} e_j$ without a subtraction, while the second, on which the published
+recurrences are based, cancels all but the last digits: with a small $\lambda$, $v$ and its
+projection agree to $\lambda / \lVert F \rVert$.
 
 The published code factors $K$ by an $LDL^T$ recurrence; this is the same matrix, factored by
 Cholesky, with the residual checked.
@@ -47,8 +47,8 @@ class Solution(NamedTuple):
     failed: jax.Array
 
 
-class _Try(NamedTuple):
-    """The last of several tries: how many were made, what it gave, whether that is accurate."""
+class _Attempt(NamedTuple):
+    """The last of several attempts: how many were made, its solution, whether that is accurate."""
 
     number: jax.Array
     solution: jax.Array
@@ -57,14 +57,15 @@ class _Try(NamedTuple):
 
 @jax.jit
 def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
-    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, damped more if need be.
+    r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with more damping if needed.
 
     The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
-    $D = \operatorname{diag} K$, so that gradients of very different length, as in a run that
-    converges, do no harm. A solution counts if its residual, $c - A y$, is at most 3 % of $c$,
-    or if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise the
-    precision cannot tell $K$ from a singular matrix, and the diagonal of $A$ is raised by one unit
-    of rounding, then by four, and so on until a solution counts.
+    $D = \operatorname{diag} K$, so that gradients of very different lengths, as in a run that
+    converges, do no harm. A solution is accepted if its residual, $c - A y$, is at most 3 % of $c$,
+    or
+    if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise $K$ is
+    singular to working precision, and the diagonal of $A$ is raised by one machine epsilon, then by
+    four, and so on until a solution is accepted.
 
     Args:
       gram: $G G^T$, of shape (m, m).
@@ -72,7 +73,7 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
       rhs: $b$, of shape (m,).
 
     Returns:
-      The solution, and whether it took more than one try.
+      The solution, and whether it took more than one attempt.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,10 +91,10 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
     matrix = gram * scale[:, jnp.newaxis] * scale
     dampings = [0.0, *jitters(len(gram), gram.dtype)]
 
-    def wants_a_try(last: _Try) -> jax.Array:
+    def needs_retry(last: _Attempt) -> jax.Array:
         return (last.number < len(dampings)) & ~last.accurate
 
-    def next_try(last: _Try) -> _Try:
+    def retry(last: _Attempt) -> _Attempt:
         added = scale**2 * shift + jnp.asarray(dampings, gram.dtype)[last.number]
         solve = cholesky_solver(matrix + jnp.diag(added))
         solution = solve(target)
@@ -105,20 +106,20 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
         squared = jnp.dot(solution, image - noise, precision=HIGHEST)
         accurate = jnp.abs(error) <= _ERROR**2 * squared
         accurate |= jnp.sum(jnp.abs(residual)) <= _RESIDUAL * jnp.sum(jnp.abs(target))
-        return _Try(last.number + 1, solution, accurate)
+        return _Attempt(last.number + 1, solution, accurate)
 
-    # Made of the inputs, so that under shard_map they vary over devices as the tries do.
+    # Made from the inputs, so that under shard_map they vary over devices as the attempts do.
     none = length < 0
-    start = _Try(none.astype(jnp.int32), jnp.zeros_like(target), none)
-    last = jax.lax.while_loop(wants_a_try, next_try, start)
-    # Each gradient by itself, should even the last try fail.
+    start = _Attempt(none.astype(jnp.int32), jnp.zeros_like(target), none)
+    last = jax.lax.while_loop(needs_retry, retry, start)
+    # Should even the last attempt fail, each gradient is scaled by itself.
     finite = jnp.all(jnp.isfinite(last.solution))
     solution = jnp.where(finite, scale * last.solution * length, rhs / diagonal)
     return Solution(solution, last.number > 1)
 
 
 def jitters(size: int, dtype: jnp.dtype) -> list[float]:
-    """What is added to a unit diagonal, one after the other, until a factorization succeeds.
+    """The dampings tried in turn on a unit diagonal until a factorization succeeds.
 
     The last is above the rounding of any matrix of that size.
     """

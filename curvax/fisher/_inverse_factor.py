@@ -1,7 +1,7 @@
 r"""The factor of a damped matrix, inverted: the one decomposition of the static algorithm.
 
-For a symmetric positive definite $A = C C^T$ everything that is asked of $A^{-1}$ follows from
-$C^{-1}$: $A^{-1} v = C^{-T} C^{-1} v$, and its diagonal is the sum of squares down each column.
+For a symmetric positive definite $A = C C^T$ everything needed of $A^{-1}$ follows from $C^{-1}$:
+$A^{-1} v = C^{-T} C^{-1} v$, and its diagonal is the sum of squares down each column.
 """
 
 from functools import partial
@@ -14,16 +14,16 @@ from curvax.fisher._inverse import jitters
 from curvax.fisher._window import replicated
 
 _ROW_BLOCKS = 4
-_CHUNK_BYTES = 2**21  # measured: a tenth faster than 2**23, three times no chunks
+_CHUNK_BYTES = 2**21  # measured: 10 % faster than 2**23, three times as fast as no chunks
 
 
 def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""$C^{-1}$ with $A = C C^T$, for each of several matrices.
 
-    Each matrix is scaled to a unit diagonal first, so that gradients of very different length do
+    Each matrix is first scaled to a unit diagonal, so that gradients of very different lengths do
     no harm. Where the factorization fails, the diagonal is raised by the least of `jitters` with
-    which it succeeds: a larger damping, just above what the precision can tell from a singular
-    matrix.
+    which it succeeds: a larger damping, just enough for a matrix that is singular to working
+    precision.
 
     Args:
       matrix: $A$, of shape (..., k, k).
@@ -39,17 +39,17 @@ def inverse_factor(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = _factor(unit)
     failed = _has_failed(first)
 
-    def wants_a_try(last: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def needs_retry(last: tuple[jax.Array, jax.Array]) -> jax.Array:
         number, factor = last
         return (number < len(dampings)) & jnp.any(_has_failed(factor))
 
-    def next_try(last: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def retry(last: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, factor = last
         damped = _factor(unit + dampings[number] * identity)
         bad = _has_failed(factor)[..., jnp.newaxis, jnp.newaxis]
         return number + 1, jnp.where(bad, damped, factor)
 
-    _, factor = jax.lax.while_loop(wants_a_try, next_try, (jnp.int32(0), first))
+    _, factor = jax.lax.while_loop(needs_retry, retry, (jnp.int32(0), first))
     inverse = jax.lax.linalg.triangular_solve(
         factor, jnp.broadcast_to(identity, matrix.shape), left_side=True, lower=True
     )
@@ -65,7 +65,7 @@ def _factor(matrix: jax.Array) -> jax.Array:
 
 
 def row_blocks(size: int) -> list[tuple[int, int]]:
-    """A few slices of the rows of a triangle, so that what is zero or known need not be done."""
+    """A few slices of the rows of a triangle, to skip products that are zero or known."""
     step = -(-size // _ROW_BLOCKS)
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
@@ -76,8 +76,8 @@ def gram(rows: jax.Array, *, in_chunks: bool) -> jax.Array:
 
     Args:
       rows: $G$.
-      in_chunks: whether a few columns are taken at a time, which stay in a processor's cache. It
-        flattens the rows, so that they must lie on one device.
+      in_chunks: whether to take a few columns at a time, which stay in a processor's cache. It
+        flattens the rows, which must then be on one device.
 
     Returns:
       $G G^T$, of shape (m, m).

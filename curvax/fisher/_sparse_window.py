@@ -1,8 +1,8 @@
 r"""The sliding window of sparse gradients: the largest entries of each block.
 
-A row keeps the $k$ largest entries of each block of a leaf, as values and 16-bit positions; what
-is left out goes into the error feedback of the optimizer, so that over time every entry is
-counted. At a density of 1 % a gradient takes 0.06 bytes an entry in place of 4.
+A row keeps the $k$ largest entries of each block of a leaf, as values and 16-bit positions; the
+rest goes into the optimizer's error feedback, so that over time every entry counts. At a density of
+1 % a gradient takes 0.06 bytes an entry instead of 4.
 
 Rows are visited one after another in a loop: positions are widened to 32 bits for a single row
 at a time, never for the window.
@@ -41,7 +41,7 @@ class SparseWindow(NamedTuple):
     Attributes:
       values: a tree like ``params`` with leaves of shape ``(m, *grid, k)``, where ``grid`` is
         the number of blocks along each axis of the leaf.
-      positions: the same in int16, where in its block each value is.
+      positions: the same in int16, the position of each value in its block.
     """
 
     values: PyTree
@@ -56,7 +56,7 @@ class SparseWindow(NamedTuple):
                 return stacked_zeros(leaf, 0, of_dtype)
             blocks = Blocks.of(leaf.shape)
             kept = kept_per_block(blocks, density)
-            # Cut from the leaf, so that the rows have its sharding.
+            # Made from the leaf, so that the rows have its sharding.
             row = blocks.split(jnp.zeros_like(leaf, dtype=of_dtype))[..., :kept]
             return jnp.broadcast_to(row[jnp.newaxis], (num_grads, *row.shape))
 
@@ -68,7 +68,7 @@ class SparseWindow(NamedTuple):
     def compress(self, grads: PyTree) -> tuple[SparseRow, PyTree]:
         leaves, treedef = jax.tree.flatten(grads)
         parts = [
-            _largest(leaf, rows) if len(rows) else _nothing(leaf, rows)
+            _largest(leaf, rows) if len(rows) else _empty_row(leaf, rows)
             for leaf, rows in zip(leaves, jax.tree.leaves(self.values), strict=True)
         ]
         values, positions, kept = (
@@ -137,7 +137,7 @@ def _combination(weights: jax.Array, pairs: Pairs, zeros: list[jax.Array]) -> li
     def add(total: list[jax.Array], row: tuple[jax.Array, Pairs]) -> tuple[list[jax.Array], None]:
         weight, pairs = row
         return [
-            _add_at(blocks, positions, weight * _from_bits(bits, dtype, weight.dtype))
+            _scatter_add(blocks, positions, weight * _from_bits(bits, dtype, weight.dtype))
             for blocks, (bits, positions), dtype in zip(total, pairs, dtypes, strict=True)
         ], None
 
@@ -175,12 +175,12 @@ def _largest(grad: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, ja
     # With a recall of one this is the exact top-k, and unlike lax.top_k it gathers no shards.
     _, positions = jax.lax.approx_max_k(jnp.abs(blocks), rows.shape[-1], recall_target=1.0)
     values = round_to(_take(blocks, positions), rows.dtype)
-    kept = _add_at(jnp.zeros_like(blocks), positions, values.astype(blocks.dtype))
+    kept = _scatter_add(jnp.zeros_like(blocks), positions, values.astype(blocks.dtype))
     return values, positions.astype(jnp.int16), layout.join(kept)
 
 
-def _nothing(grad: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for a leaf that takes no part."""
+def _empty_row(grad: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same for a leaf without gradients."""
     return rows, rows.astype(jnp.int16), jnp.zeros_like(grad)
 
 
@@ -190,7 +190,7 @@ def _take(blocks: jax.Array, positions: jax.Array) -> jax.Array:
     )
 
 
-def _add_at(blocks: jax.Array, positions: jax.Array, values: jax.Array) -> jax.Array:
+def _scatter_add(blocks: jax.Array, positions: jax.Array, values: jax.Array) -> jax.Array:
     """Adds values at distinct positions of each block."""
     last = blocks.ndim - 1
     batch = tuple(range(last))

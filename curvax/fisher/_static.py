@@ -1,4 +1,4 @@
-"""The static algorithm of M-FAC: the inverse empirical Fisher matrix of gradients at hand."""
+"""The static algorithm of M-FAC: the inverse empirical Fisher matrix of given gradients."""
 
 import itertools
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ class _Group(NamedTuple):
 
 
 class InverseFisher:
-    r"""$F^{-1}$, the inverse of $F = \lambda I + \frac1m \sum_i g_i g_i^T$, ready for queries.
+    r"""$F^{-1}$, the inverse of $F = \lambda I + \frac1m \sum_i g_i g_i^T$, factored.
 
     Made by `curvax.inverse_fisher`. Its methods are called from the host; what they compute is
     compiled.
 
     Attributes:
       num_grads: $m$, the number of gradients.
-      num_failed: the number of blocks whose factorization failed in this precision, so that a
-        damping a few units of rounding larger was taken for them.
+      num_failed: the number of blocks whose factorization failed in this precision, so that their
+        damping was raised by a few ulps of their diagonals.
     """
 
     def __init__(self, example: PyTree, groups: list[_Group]) -> None:
@@ -48,9 +48,9 @@ class InverseFisher:
     def solve(self, vector: PyTree) -> PyTree:
         r"""$F^{-1} v$.
 
-        With fewer gradients than entries, what rounding leaves of $v$ outside of their span is
+        With fewer gradients than entries, the rounding error of $v$ outside their span is
         multiplied by $1 / \lambda$: a product of the order of $v / F_{ii}$ has an error of about
-        $F_{ii} / \lambda$ units of rounding.
+        $F_{ii} / \lambda$ ulps.
 
         Args:
           vector: $v$, a tree like one gradient; an array of shape (d,) where the gradients are
@@ -73,9 +73,9 @@ class InverseFisher:
     def diagonal(self) -> PyTree:
         r"""The diagonal of $F^{-1}$.
 
-        It is exact up to rounding, and positive and at most $1 / \lambda$ whatever the rounding
-        (from the dual form at least $1 / F_{ii}$, too): the difference that gives it in the
-        published form loses digits where it is small, and could be negative.
+        It is exact up to rounding, and always positive and at most $1 / \lambda$ (in the dual form
+        also at least $1 / F_{ii}$): in the published form it is a difference, which loses digits
+        where it is small and could be negative.
 
         Returns:
           A tree like one gradient, positive.
@@ -135,25 +135,25 @@ def inverse_fisher(
     \left[F^{-1}\right]_{ab} = \frac1\lambda \left(\delta_{ab} - W_a^T W_b\right)
     $$
 
-    in $O(d m^2)$ to prepare and $O(d m)$ a product, as the paper's recurrence over one gradient
-    after the other, but as products of matrices. With a ``block_size`` $B$, $F$ is replaced by its
-    blocks along the diagonal. A block no larger than $m$, the whole matrix too, is inverted itself,
+    in $O(d m^2)$ to prepare and $O(d m)$ a product, as the paper's recurrence over the gradients,
+    but as products of matrices. With a ``block_size`` $B$, $F$ is replaced by its blocks along the
+    diagonal. A block no larger than $m$, or the whole matrix if it is, is inverted directly,
     $m A = m \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
     $m\,(C^{-1})^2$, which subtracts nothing.
 
     Args:
-      grads: an array of shape (m, d), or a tree of arrays of shape ``(m, *leaf.shape)``. Arrays of
-        NumPy, memory maps of a file among them, stay in the host's memory and reach the device
-        by columns. An iterator gives chunks of rows as such trees, each of which is reduced to the
-        blocks and forgotten, so that the number of gradients is not bounded by memory; it needs a
-        ``block_size``, and $d B$ numbers of memory.
+      grads: an array of shape (m, d), or a tree of arrays of shape ``(m, *leaf.shape)``. NumPy
+        arrays, including memory maps of files, stay on the host and reach the device a few columns
+        at a time. An iterator yields chunks of rows as such trees, each reduced to the blocks and
+        discarded, so that the number of gradients is not bounded by memory; it needs a
+        ``block_size``, and memory for $d B$ numbers.
       damping: $\lambda$, positive.
       block_size: the number of columns in a block; None for the full matrix.
       block_scope: ``"tree"`` flattens the tree and cuts it into blocks regardless of leaves, as
         published; ``"leaf"`` starts anew at each leaf, and without a ``block_size`` makes one
         block of each.
-      mesh: devices over all of which the blocks are spread; nothing is communicated between them.
-        Without a ``block_size`` each leaf keeps its own sharding, and none is needed.
+      mesh: the devices over which the blocks are spread, without communication between them.
+        Without a ``block_size`` each leaf keeps its own sharding, and no mesh is needed.
       dtype: the dtype of the computation; by default that of ``grads``, float32 or wider.
         ``jnp.float64`` needs ``jax_enable_x64``.
       workspace_bytes: about how much memory may be used at a time for the blocks that are inverted,
@@ -218,8 +218,8 @@ def inverse_fisher(
 
 
 def spans(leaves: list[Any], block_scope: str) -> list[tuple[int, int]]:
-    """Which leaves, from one number up to another, are inverted together."""
-    # Leaves without entries go along with the next one.
+    """The ranges of leaves that are inverted together."""
+    # Leaves without entries join the next one.
     filled = [index for index, leaf in enumerate(leaves) if leaf.size]
     stops = [index + 1 for index in filled[:-1]] if block_scope == "leaf" else []
     return list(itertools.pairwise([0, *stops, len(leaves)]))
@@ -296,7 +296,7 @@ def checked_leaves(grads: PyTree) -> list[Any]:
 
 
 def _all_finite(leaf: Any) -> bool:
-    # Row by row, so that a memory map is never in memory as a whole.
+    # Row by row, so that a memory map is never wholly in memory.
     if isinstance(leaf, np.ndarray):
         return all(bool(np.isfinite(row).all()) for row in leaf)
     return bool(jnp.all(jnp.isfinite(leaf)))
@@ -307,7 +307,7 @@ def _rows_not_finite(leaf: Any) -> list[int]:
 
 
 def working_dtype(leaves: list[Any], dtype: Any | None) -> Any:
-    """The dtype of a computation: the one asked for, or the widest, float32 at least."""
+    """The dtype of a computation: the one asked for, or the widest, at least float32."""
     wanted = jnp.result_type(jnp.float32, *leaves) if dtype is None else jnp.dtype(dtype)
     check_choice("dtype", wanted.name, ("float32", "float64"))
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:

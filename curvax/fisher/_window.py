@@ -3,14 +3,14 @@ r"""The sliding window of gradients: the rows of $G$, kept leaf by leaf.
 A window has two passes over its memory, $G v$ (`Window.dots`) and $G^T x$ (`Window.combine`),
 and one write of a row (`Window.push`). Nothing is flattened: a leaf's rows have shape
 ``(m, *leaf.shape)`` and its sharding behind an unsharded first axis, so that $G v$ sums a few
-numbers a row over devices and the rest stays where it is.
+numbers for each row over devices and nothing else moves.
 
-A vector is contracted as a few columns in one pass. On float32 rows they are disjoint parts
-of it, whose sums are rounded less and added pairwise: Gram entries then are as good as sums in
-float64 that are rounded once. (Only a flat leaf of few rows is summed at once, for speed.) On
-bfloat16 rows they are its leading, middle and last bits: products of two bfloat16 numbers are exact
-in float32, no row is ever converted, and XLA's CPU backend, which would convert all rows for a
-single column, multiplies several as they are.
+A vector is contracted as a few columns in one pass. With float32 rows these are disjoint parts of
+it, whose sums round less and are added pairwise: Gram entries are then as good as float64 sums
+rounded once. (Only a flat leaf of few rows is summed in one go, for speed.) With bfloat16 rows they
+are its leading, middle and last bits: products of two bfloat16 numbers are exact in float32, no row
+is ever converted, and XLA's CPU backend, which would convert all rows for a single column,
+multiplies several unconverted.
 """
 
 from typing import Any, NamedTuple, Protocol, Self
@@ -23,14 +23,14 @@ from curvax.fisher._cholesky import HIGHEST
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
 _SMALL = 1024  # a leaf of fewer entries is summed as a whole
-_NARROW = 256  # rows; a flat leaf of no more is summed as a whole, too
+_NARROW = 256  # rows; a flat leaf of no more is also summed as a whole
 
 
 class Window(Protocol):
-    """What M-FAC needs of the rows it keeps."""
+    """What M-FAC needs from the rows it keeps."""
 
     def compress(self, grads: PyTree) -> tuple[Any, PyTree]:
-        """The row that stands for ``grads``, as `push` takes it and as a tree like params."""
+        """The row that represents ``grads``, as `push` takes it and as a tree like params."""
 
     def push(self, row: Any, slot: jax.Array) -> Self:
         """The window with ``row`` in place of the one in ``slot``."""
@@ -46,8 +46,8 @@ class DenseWindow(NamedTuple):
     """All entries of every gradient.
 
     Attributes:
-      rows: a tree like ``params`` with leaves of shape ``(m, *leaf.shape)``; of no rows where
-        a leaf takes no part.
+      rows: a tree like ``params`` with leaves of shape ``(m, *leaf.shape)``; without rows where a
+        leaf has no gradients.
     """
 
     rows: PyTree
@@ -81,7 +81,7 @@ class DenseWindow(NamedTuple):
 
 
 def takes_part(leaf: Any) -> bool:
-    """Whether a leaf of params has gradients to keep: integers and empty leaves have none."""
+    """Whether a leaf of params has gradients to keep: integer and empty leaves have none."""
     return is_inexact(leaf) and jnp.size(leaf) > 0
 
 
@@ -91,14 +91,14 @@ def row_dtype(leaf: Any, dtype: Any | None) -> Any:
 
 
 def round_to(array: jax.Array, dtype: Any) -> jax.Array:
-    """The array in ``dtype``, rounded for good: XLA may skip a conversion there and back."""
+    """The array in ``dtype``, really rounded: XLA may skip a conversion there and back."""
     if dtype == jnp.bfloat16:
         array = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
     return array.astype(dtype)
 
 
 def stacked_zeros(leaf: Any, number: int, dtype: Any) -> jax.Array:
-    """``number`` rows of zeros with the leaf's sharding; none where it takes no part."""
+    """``number`` rows of zeros with the leaf's sharding; none where it has no gradients."""
     number = number if takes_part(leaf) else 0
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     return jnp.broadcast_to(zeros[jnp.newaxis], (number, *zeros.shape))
@@ -116,7 +116,7 @@ def insert_row(rows: PyTree, row: PyTree, slot: jax.Array) -> PyTree:
 
 
 def replicated(array: jax.Array) -> jax.sharding.NamedSharding | None:
-    """What a contraction over explicitly sharded axes must name as its result's sharding."""
+    """The sharding that a contraction over explicitly sharded axes must give its result."""
     sharding = jax.typeof(array).sharding
     explicit = not sharding.mesh.empty and not sharding.mesh.are_all_axes_auto
     return sharding.update(spec=jax.P()) if explicit else None
@@ -124,7 +124,7 @@ def replicated(array: jax.Array) -> jax.sharding.NamedSharding | None:
 
 @jax.jit
 def pairwise_sum(columns: jax.Array) -> jax.Array:
-    """The sum over the last axis, whose rounding grows with the logarithm of its size."""
+    """The sum over the last axis, whose rounding error grows with the logarithm of its size."""
     while (size := columns.shape[-1]) > 1:
         half = size // 2
         pairs = columns[..., :half] + columns[..., half : 2 * half]
@@ -139,10 +139,10 @@ def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
         return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
     vector = vector.astype(rows.dtype)
     if vector.ndim == 1 and len(rows) <= _NARROW:
-        # Further columns would double this pass, which is most of a step with so few rows.
+        # More columns would double this pass, which is most of a step with so few rows.
         return _contract(rows, vector[:, jnp.newaxis], 1, rows.dtype)
     if vector.ndim == 1 and vector.size >= _SMALL:
-        # XLA's CPU backend is slow at a flat product of a few columns, and this is exact enough.
+        # XLA's CPU backend is slow at a flat product of a few columns; this is accurate enough.
         return jnp.sum(rows * vector, axis=1, keepdims=True)
     return _contract(rows, _disjoint_parts(vector), vector.ndim, rows.dtype)
 

@@ -34,22 +34,23 @@ def accumulate_hessian_diag(every_k: int) -> optax.GradientTransformationExtraAr
     \bar D_i = \frac{1}{i} \sum_{j=1}^{i} z \odot H_j z, \qquad i = 1, \dots, k
     $$
 
-    It has the form of an Optax transformation: ``update(diag, state)`` returns the running
-    mean, which at micro-step $k$ is the mean over all, and then starts anew. Beside
-    ``optax.MultiSteps``, hand the running mean on at every micro-step: the inner optimizer's
-    result counts only at the last. All micro-steps of a step share one probe there, since
-    the optimizer's count, from which `curvax.value_grad_and_hessian_diag_from_state` draws
-    it, stands still: so $\bar D_k$ is exactly the full batch's $z \odot Hz$.
+    It is an Optax transformation: ``update(diag, state)`` returns the running mean, which at
+    micro-step $k$ is the mean over all, and then starts over. With ``optax.MultiSteps``, pass the
+    running mean at every micro-step: the inner optimizer's result counts only at the last. All
+    micro-steps of a step then share one probe, since the optimizer's count, from which
+    `curvax.value_grad_and_hessian_diag_from_state` derives it, does not change: so $\bar D_k$ is
+    exactly the full batch's $z \odot Hz$.
 
-    A non-finite micro-batch makes the mean non-finite until the step ends, and AdaHessian
-    then keeps the curvature it had.
+    A non-finite micro-batch makes the mean non-finite until the step ends, and AdaHessian then
+    keeps its previous curvature.
 
     Args:
-      every_k: the number of micro-steps $k$ in a step.
+      every_k: the number of micro-steps $k$ in a step, as ``every_k_schedule`` of
+        ``optax.MultiSteps``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes one extra argument,
-      ``mini_step``: the index of this micro-step, where something else counts them. Pass
+      ``mini_step``: the index of this micro-step, if something else counts them. Pass
       ``mini_step=multi_steps_state.mini_step`` if ``optax.MultiSteps`` may skip some.
 
     Raises:
@@ -90,7 +91,7 @@ def accumulate_hessian_diag(every_k: int) -> optax.GradientTransformationExtraAr
 
         def running_mean(mean: jax.Array, diag: jax.Array) -> jax.Array:
             step = (diag.astype(mean.dtype) - mean) / (index + 1).astype(mean.dtype)
-            # Without the select a non-finite step would outlive the next start.
+            # Without the where, a non-finite step would leak into the next one.
             return jnp.where(index == 0, diag.astype(mean.dtype), mean + step)
 
         mean = jax.tree.map(running_mean, state.mean, updates)

@@ -1,4 +1,4 @@
-r"""AdaHessian: Adam's shape on the Hessian's diagonal.
+r"""AdaHessian: Adam's form with the Hessian's diagonal.
 
 With $g_t$ the gradient and $D_t = A(|z \odot H_t z|)$ the averaged estimate of the
 diagonal (Algorithm 1 of the paper),
@@ -15,13 +15,13 @@ Where this differs from the paper and the published code, and why:
 
 * Layouts: the spatial axes of a convolution kernel are the first ones in Flax, the last ones in
   Equinox and PyTorch (`curvax._layouts`).
-* A refresh interval $n$ weighs a new $D$ with $1 - \beta_2^n$. That equals
-  feeding the same $D$ at each of the $n$ steps, as the published delayed variant
-  does, at the end of each cycle, and needs no cached copy.
+* With a refresh interval $n$ a new $D$ has weight $1 - \beta_2^n$. At the end of each cycle that
+  equals feeding the same $D$ at each of the $n$ steps, as the published delayed variant does, and
+  needs no cached copy.
 * $\hat v = v / w$, where $w$ is the same average of ones over accepted refreshes.
-  It is $1 - \beta_2^t$ at interval 1 and stays right when the interval changes or a
-  refresh is skipped.
-* A leaf with a non-finite estimate keeps the one it had; while it has none, its update is zero.
+  It is $1 - \beta_2^t$ at interval 1 and stays correct when the interval changes or a refresh is
+  skipped.
+* A leaf with a non-finite estimate keeps its previous one; while it has none, its update is zero.
 * Each entry of the step is bounded, since curvature may vanish where the gradient does not.
 * Curvature is kept in float32 or wider whatever the parameters are: bfloat16 cannot hold 0.999.
 """
@@ -64,15 +64,15 @@ class ScaleByAdaHessianState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the steps taken.
-      due: bool scalar, whether the coming step refreshes the curvature; None with a Python
+      due: bool scalar, whether the next step refreshes the curvature; None with a Python
         ``update_interval`` of 1, where every step does.
       key: PRNG key; step ``t`` draws its probes from ``fold_in(key, t)``.
       mu: a tree like ``params``, the average of gradients.
       nu: a tree like ``params`` in float32 or wider, the average of squared curvature.
       nu_weight: scalar, the same average of ones: the bias correction of ``nu``.
-      refreshes: int32 scalar, the estimates of curvature offered.
-      refusals: int32, one entry a leaf in the order of ``jax.tree.leaves(params)``, how many of
-        them were not finite there.
+      refreshes: int32 scalar, the number of curvature estimates so far.
+      refusals: int32, for each leaf in the order of ``jax.tree.leaves(params)``, how many of them
+        were not finite.
       clipped: float32 scalar, the share of entries that ``clip_threshold`` bounded in the last
         step; None without one.
     """
@@ -173,7 +173,7 @@ def scale_by_adahessian(
         return refresh_due(count, update_interval, refresh_warmup)
 
     def decay_of_refresh(count: jax.Array, dtype: Any) -> jax.Array:
-        """What an estimate at this step leaves of the average: it counts until the next one."""
+        """The decay for an estimate at this step, which counts until the next refresh."""
         if every_step(update_interval):
             return jnp.asarray(b2, dtype)
         steps = jnp.where(count < refresh_warmup, 1, clamped_interval(update_interval))
@@ -185,7 +185,7 @@ def scale_by_adahessian(
         return ScaleByAdaHessianState(
             count=count,
             due=next_due(count),
-            # A copy: handing out the caller's array would let donation delete it.
+            # A copy: donation of the state must not delete the caller's array.
             key=jnp.copy(as_key(key)),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_mu_dtype(p, mu_dtype)), params),
             nu=average.nu,
@@ -285,18 +285,17 @@ def adahessian(
     \end{aligned}
     $$
 
-    The update takes curvature in one of three ways, the first that is given counting:
-    ``hessian_diag``, a tree like the gradients, as `curvax.value_grad_and_hessian_diag` and
-    its siblings return it beside the gradient in one pass; ``obj_fn``, a function
-    ``params -> loss`` closed over the batch; ``value_fn``, the same under L-BFGS's name.
-    Other extra arguments are ignored.
+    The update takes curvature in one of three ways; the first one given wins: ``hessian_diag``, a
+    tree like the gradients, as `curvax.value_grad_and_hessian_diag` and its siblings return it with
+    the gradient in one pass; ``obj_fn``, a function ``params -> loss`` closed over the batch;
+    ``value_fn``, the same under the name that L-BFGS uses. Other extra arguments are ignored.
 
-    ``refresh``, a static extra argument, says whether the step folds curvature in: ``None``
-    does what the state says, ``True`` does, ``False`` does not and needs none.
+    ``refresh``, a static extra argument, says whether the step folds curvature in: ``None`` follows
+    the state, ``True`` does, ``False`` does not and needs none.
 
     Args:
-      learning_rate: a number or a schedule. It is Newton's, not Adam's: about 0.05 to 2 with
-        ``hessian_power=1``; 0.15 is the paper's for ResNets.
+      learning_rate: a number or a schedule, on Newton's scale, not Adam's: about 0.05 to 2 with
+        ``hessian_power=1``; the paper uses 0.15 for ResNets.
       b1: decay rate of the average of gradients, in [0, 1).
       b2: decay rate, per step, of the average of squared curvature, in [0, 1).
       eps: added to the denominator, outside root and power; positive. Where curvature vanishes
@@ -311,20 +310,19 @@ def adahessian(
         * ``"none"``: each entry has its own.
         * ``"paper"``: like ``"conv"`` with the signed values averaged, Eq. 10.
         * a function ``(path, shape) -> axes`` of the leaf's path, ``"layers/0/kernel"``, and
-          shape, that returns a tuple of axes or a `curvax.Block`. (Name it in the
-          ``static_args`` of ``optax.inject_hyperparams``, which takes a callable for a
-          schedule.)
-      layout: what a preset takes the axes of a leaf for: ``"auto"``, ``"flax"``,
+          shape, that returns a tuple of axes or a `curvax.Block`. (Name it in the ``static_args``
+          of ``optax.inject_hyperparams``, which would treat a callable as a schedule.)
+      layout: how a preset reads the axes of a leaf: ``"auto"``, ``"flax"``,
         ``"out_first"`` (Equinox, PyTorch), ``"haiku"``, a mapping of patterns of paths
         (``re.search``) to layouts, ``{"encoder/.*kernel": "LHWIO"}`` (`curvax.KernelLayout`), or
         a function ``(path, shape) -> layout``, likewise in ``static_args``.
-        `curvax.averaging_table` shows what comes of it.
+        `curvax.averaging_table` shows the result.
       update_interval: steps $n$ from one refresh of the curvature to the next. Its
-        weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step. A value below 1 of a
-        schedule counts as 1. See `curvax.refresh_due`.
+        weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step. A schedule's value below 1
+        counts as 1. See `curvax.refresh_due`.
       refresh_warmup: the number of first steps that all refresh the curvature. With an interval
-        above 1 take some tens or hundreds of steps: units of a ReLU network that are silent at
-        the only refresh have no curvature until the next.
+        above 1 take tens or hundreds of steps: units of a ReLU network that are inactive at a
+        single refresh have no curvature until the next.
       num_probes: probes averaged when curvature is computed from ``obj_fn``. More of them
         change what $v$ estimates, $H_{ii}^2 + \frac1S \sum_{j \ne i} H_{ij}^2$,
         not only its noise.
@@ -338,9 +336,9 @@ def adahessian(
       nesterov: whether to look one step ahead in the average of gradients, as ``optax.adam``
         does: $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 -
         \beta_1^t)$.
-      weight_decay: the decoupled decay $\lambda$, times the learning rate. A decay
-        tuned for AdamW wants to be divided by the ratio of the learning rates.
-      mask: a tree of bools, or a function of params that returns one: where to decay.
+      weight_decay: the decoupled decay $\lambda$, times the learning rate. Divide a decay tuned for
+        AdamW by the ratio of the learning rates.
+      mask: a tree of bools, or a function of params that returns one: which leaves decay.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -398,7 +396,7 @@ def _squared_curvature(averaging: str | Rule, layout: Layout, diag: PyTree, nu: 
     """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
     diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
     averaged = average_curvature(averaging, diag, layout)
-    # The sum takes the sharding of nu, which a mean on an explicit mesh has lost.
+    # Adding zeros restores the sharding of nu, which a mean on an explicit mesh loses.
     return jax.tree.map(lambda d, v: jnp.zeros_like(v) + jnp.square(d), averaged, nu)
 
 

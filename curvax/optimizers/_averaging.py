@@ -1,10 +1,9 @@
 """Which entries of a kernel share one curvature value.
 
-AdaHessian averages its noisy diagonal over entries that should curve alike. Which ones those
-are depends on the layout of a leaf (`curvax._layouts`): the spatial axes of a convolution, the
-fan-in of a matrix, never a stacked axis. A rule returns the axes to average over, or a `Block` of
-consecutive entries of one axis. No rule crosses from one axis into another, so a sharded kernel
-is never gathered.
+AdaHessian averages its noisy diagonal over entries that should curve alike. Which ones depends on
+the layout of a leaf (`curvax._layouts`): the spatial axes of a convolution, the fan-in of a matrix,
+never a stacked axis. A rule returns the axes to average over, or a `Block` of consecutive entries
+of one axis. No rule crosses axes, so a sharded kernel is never gathered.
 """
 
 from collections.abc import Callable
@@ -71,14 +70,14 @@ PRESETS: dict[str, Callable[[KernelLayout], Axes | Block]] = {
 
 
 def check_averaging(averaging: str | Rule, layout: Layout = "auto") -> None:
-    """Raises unless ``averaging`` is a preset's name or a callable, and ``layout`` a layout."""
+    """Raises unless ``averaging`` is a preset or a callable, and ``layout`` a layout."""
     if not callable(averaging):
         check_choice("averaging", averaging, (*PRESETS, "a function of path and shape"))
     check_layout(layout)
 
 
 def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto") -> Any:
-    r"""Averages a signed diagonal as ``averaging`` says; the result is only used squared.
+    r"""Averages a signed diagonal by the rule ``averaging``; the result is only used squared.
 
     $$
     D = A(|z \odot Hz|)
@@ -90,7 +89,7 @@ def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto")
     Args:
       averaging: the name of a preset or a function ``(path, shape) -> axes or Block``.
       diag: a tree of real arrays.
-      layout: what a preset takes the axes of leaves for.
+      layout: how a preset reads the axes of leaves.
 
     Returns:
       A tree like ``diag`` in which entries that share a value are equal.
@@ -112,7 +111,7 @@ def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto")
 def averaging_table(
     params: PyTree, averaging: str | Rule = "conv", *, layout: Layout = "auto"
 ) -> str:
-    """What AdaHessian averages in each leaf, to look at before a run.
+    """A table of what AdaHessian averages in each leaf, to check before a run.
 
     Args:
       params: a tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -121,10 +120,11 @@ def averaging_table(
 
     Returns:
       A table to print: path, shape, the layout in the letters of
-      `KernelLayout.from_letters` (``-`` for what is no kernel), and the axes averaged over.
+      `KernelLayout.from_letters` (``-`` for a leaf that is not a kernel), and the axes averaged
+      over.
 
     Raises:
-      ValueError: if ``averaging`` or ``layout`` is none, or does not fit a leaf.
+      ValueError: if ``averaging`` or ``layout`` is invalid, or does not fit a leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -188,7 +188,7 @@ def _block_mean(values: jax.Array, block: Block) -> jax.Array:
     sharding = jax.typeof(values).sharding
     spec = (*sharding.spec, *(None,) * (values.ndim - len(sharding.spec)))
     if spec[axis] is not None and sharding.shard_shape(values.shape)[axis] % block.length:
-        # Runs that cross devices: on explicit meshes the axis is gathered by hand.
+        # Runs that cross devices: on explicit meshes the axis is gathered explicitly.
         whole_axis = jax.P(*spec[:axis], None, *spec[axis + 1 :])
         means = _block_mean(jax.sharding.reshard(values, whole_axis), block)
         return jax.sharding.reshard(means, jax.P(*spec))

@@ -1,4 +1,4 @@
-"""How a diagonal reaches an optimizer: handed over as a tree, or computed from a function."""
+"""How a diagonal reaches an optimizer: passed as a tree, or computed from a function."""
 
 from collections.abc import Callable
 
@@ -50,8 +50,8 @@ def curvature_of_function(
         if not has_holes(params):
             raise
         raise ValueError(
-            "obj_fn failed on params with holes, as optax.masked and optax.partition hand them "
-            "on. Fill them inside obj_fn, lambda p: loss_fn(curvax.merge_masked(params, p), "
+            "obj_fn failed on params with holes, as optax.masked and optax.partition pass them. "
+            "Fill them inside obj_fn, lambda p: loss_fn(curvax.merge_masked(params, p), "
             "batch), or pass hessian_diag= computed outside."
         ) from error
 
@@ -64,7 +64,7 @@ def _mean_of_traced_number(
     distribution: Distribution,
     mode: Mode,
 ) -> PyTree:
-    """The mean over a number of probes that is an array, as ``inject_hyperparams`` makes it."""
+    """The mean over a traced number of probes, as ``inject_hyperparams`` passes it."""
     product = linearized_hvp(fun, params, mode=mode)
 
     def add(index: jax.Array, total: PyTree) -> PyTree:
@@ -80,7 +80,7 @@ def _mean_of_traced_number(
 def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
     """The part of a given diagonal that belongs to ``updates``.
 
-    Behind ``optax.flatten`` the updates are one vector, and the diagonal is made one in the same
+    Inside ``optax.flatten`` the updates are one vector, and the diagonal is flattened in the same
     order.
     """
     leaves = jax.tree.leaves(hessian_diag)
@@ -93,9 +93,9 @@ def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
 def merge_masked(params: PyTree, masked: PyTree) -> PyTree:
     """Fills the holes of a masked tree from the full one.
 
-    ``optax.masked`` and ``optax.partition`` hand an inner transformation parameters with
-    ``optax.MaskedNode`` in place of what it must not see. A loss needs all of them: the
-    holes are filled with constants, and curvature is taken in the others.
+    ``optax.masked`` and ``optax.partition`` pass an inner transformation parameters with
+    ``optax.MaskedNode`` in place of those it must not see. A loss needs all of them: the holes are
+    filled with constants, and curvature is taken in the rest.
 
     Args:
       params: the full tree.

@@ -35,12 +35,12 @@ def hutchinson_estimator(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the Hessian's diagonal as an Optax transformation.
 
-    Its ``update`` replaces the gradients by $z \odot Hz$, the mean over probes. It
-    stands where ``optax.contrib.hutchinson_estimator_diag_hessian`` does, as the
-    ``hessian_diagonal_fn`` of ``optax.contrib.sophia``, and differs from it: probes have
-    each leaf's own dtype, so trees of mixed dtypes work; integer leaves get zeros; several
-    probes can be averaged; and with ``hessian_diag=`` it passes on a diagonal that came with
-    the gradient in one pass, where Optax's takes the gradient a second time.
+    Its ``update`` replaces the gradients by $z \odot Hz$, the mean over probes. It takes the place
+    of ``optax.contrib.hutchinson_estimator_diag_hessian``, as the ``hessian_diagonal_fn`` of
+    ``optax.contrib.sophia``, with these differences: probes have each leaf's own dtype, so trees of
+    mixed dtypes work; integer leaves get zeros; several probes can be averaged; and with
+    ``hessian_diag=`` it passes on a diagonal that came with the gradient in one pass, where Optax's
+    takes the gradient a second time.
 
     Args:
       num_probes: the number of probes, vectorized.
@@ -50,7 +50,7 @@ def hutchinson_estimator(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes ``hessian_diag``,
-      ``obj_fn`` or ``value_fn``, the first that is given counting, and ignores others.
+      ``obj_fn`` or ``value_fn``; the first one given wins, and others are ignored.
 
     Raises:
       ValueError: on an option out of range; in ``update``, where no curvature is given.
@@ -79,7 +79,7 @@ def hutchinson_estimator(
 
     def init(params: optax.Params) -> HutchinsonEstimatorState:
         del params
-        # A copy: handing out the caller's array would let donation delete it.
+        # A copy: donation of the state must not delete the caller's array.
         return HutchinsonEstimatorState(jnp.zeros((), jnp.int32), jnp.copy(as_key(key)))
 
     def update(

@@ -64,10 +64,10 @@ def check_window_memory(
     if needed > available:
         raise ValueError(
             f"M-FAC's window takes {needed / 2**30:.1f} GiB on a device that has "
-            f"{available / 2**30:.1f} GiB: {_bytes(window):,} bytes in all for "
+            f"{available / 2**30:.1f} GiB: {_bytes(window):,} bytes in total for "
             f"num_grads={num_grads}, density={density}. Lower num_grads, set density (0.01 takes "
             "1.5 % of a dense window in float32), or shard the parameters; curvax.state_bytes "
-            "says the bytes beforehand."
+            "tells the bytes beforehand."
         )
 
 
@@ -83,7 +83,7 @@ def _local_share(leaf: Any) -> float:
 
 
 def _device_memory(leaves: list[Any]) -> float:
-    """The bytes of the device of the first array; of the machine, where that does not say."""
+    """The memory of the first array's device in bytes; of the machine, if that is unknown."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     devices = arrays[0].sharding.addressable_devices if arrays else jax.local_devices()
     statistics = next(iter(devices)).memory_stats() or {}

@@ -1,4 +1,4 @@
-r"""M-FAC: gradients preconditioned by the inverse empirical Fisher matrix of a window of them.
+r"""M-FAC: gradients preconditioned by the inverse empirical Fisher matrix of recent ones.
 
 With the last $m$ gradients as rows of $G$, the newest, $g_t$, in row $j$, and a damping
 $\lambda$ (Section 4 of the paper),
@@ -13,7 +13,7 @@ Where this differs from the paper and the published code, and why:
   equals the published difference $(g - G^T c)/\lambda$ and does not cancel: in float32, at
   $\lambda = 10^{-7}$, it has 4 to 5 more digits (`curvax.fisher._inverse`).
 * $K$ is factored by Cholesky at each step and the residual checked, in place of the recurrences;
-  a failure is counted, and the step taken with a larger damping.
+  a failure is counted, and the step retried with a larger damping.
 * A gradient that is not finite never enters the window, the momentum or the error feedback: the
   published window stays poisoned for $m$ steps.
 * Weight decay is decoupled. The published coupled form, in which the decay is part of the
@@ -53,7 +53,7 @@ class ScaleByMfacState(NamedTuple):
       failures: int32 scalar, the steps whose factorization failed and was repeated with a
         larger damping.
       mu: a tree like ``params``, the average of updates; None without momentum.
-      feedback: a tree like ``params`` in float32 or wider, what sparse rows left out so far;
+      feedback: a tree like ``params`` in float32 or wider, what sparse rows have left out so far;
         None with dense rows.
     """
 
@@ -133,11 +133,11 @@ def scale_by_mfac(
         return SparseWindow.empty(params, num_grads, window_dtype, density)
 
     def scales(count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """Damping and normalizer of the step that ``count`` gradients came before."""
+        """Damping and normalizer of the step after ``count`` gradients."""
         now = damping(count) if callable(damping) else damping
         filled = jnp.minimum(count + 1, num_grads)
         normalizer = num_grads if window_scaling == "nominal" else filled
-        # A copy: a state that hands out the caller's array would let donation delete it.
+        # A copy: donation of the state must not delete the caller's array.
         return jnp.array(now, dtype), jnp.asarray(normalizer, dtype)
 
     def init(params: optax.Params) -> ScaleByMfacState:
@@ -223,12 +223,12 @@ def mfac(
     \end{aligned}
     $$
 
-    A step takes two passes over the window and the solution of $m$ equations; it needs nothing
-    but the gradient, so any Optax loop can take it as it takes Adam. Dense rows take
-    $4 m$ bytes a parameter in float32: `curvax.state_bytes` says how many in all.
+    A step takes two passes over the window and the solution of $m$ equations; it needs only the
+    gradient, so it works in any Optax loop that Adam does. Dense rows take $4 m$ bytes a parameter
+    in float32: `curvax.state_bytes` gives the total.
 
-    A gradient that is not finite leaves the state as it was, and the update is NaN, which
-    ``optax.apply_if_finite`` and monitors see.
+    A gradient that is not finite leaves the state unchanged, and the update is NaN, for
+    ``optax.apply_if_finite`` and monitors to see.
 
     Under ``optax.inject_hyperparams`` the arguments that fix shapes are static:
     ``static_args=("num_grads", "density", "momentum")``. ``optax.MultiSteps`` copies the window
@@ -252,13 +252,13 @@ def mfac(
       window_dtype: dtype of the window's rows: ``"float32"``, ``"bfloat16"``, which halves the
         memory, or ``"float64"``. The params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
-        by blocks; what is left out is added to the next gradient. At 0.01 the window takes
-        1.5 % of a dense one in float32, 1 % with values of bfloat16. None for dense rows.
+        by blocks; the rest is added to the next gradient. At 0.01 the window takes 1.5 % of a dense
+        one in float32, 1 % with values of bfloat16. None for dense rows.
       max_update_norm: bound on the norm of $u_t$.
       weight_decay: the decoupled decay $\mu$, times the learning rate. In the published code
         the decay is part of the gradients in the window: for that, put
         ``optax.add_decayed_weights`` before `curvax.scale_by_mfac` in a chain.
-      mask: a tree of bools, or a function of params that returns one: where to decay.
+      mask: a tree of bools, or a function of params that returns one: which leaves decay.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -309,7 +309,7 @@ def _inserted(
 ) -> tuple[Window, jax.Array, jax.Array, PyTree | None]:
     """Window and Gram matrix with the gradient in, which row it is, and the new error feedback.
 
-    If it is not ``finite``, window and Gram matrix are as they were and no row is the newest.
+    If it is not ``finite``, window and Gram matrix are unchanged and no row is the newest.
     """
     size = len(state.gram)
     slot = state.count % size
@@ -337,7 +337,7 @@ def _with_row(gram: jax.Array, newest: jax.Array, products: jax.Array) -> jax.Ar
 def _select_small(
     finite: jax.Array, taken: ScaleByMfacState, state: ScaleByMfacState
 ) -> ScaleByMfacState:
-    """Everything but window and Gram matrix, which were guarded where they were written."""
+    """The new state if ``finite``; window and Gram matrix were guarded when written."""
     names = tuple(name for name in state._fields if name not in ("window", "gram"))
 
     def select(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -350,7 +350,7 @@ def _select_small(
 
 
 def _bounded(updates: PyTree, max_norm: Scalar) -> PyTree:
-    """The updates, shortened to the norm where they are longer."""
+    """The updates, scaled down to the norm if they are longer."""
     factor = jnp.minimum(1, max_norm / tree_norm(updates))
     return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
 
@@ -370,7 +370,7 @@ def _as_update(update: jax.Array, finite: jax.Array, dtype: Any) -> jax.Array:
 def _is_finite(grads: PyTree, window_dtype: Any | None, gram_dtype: Any) -> jax.Array:
     """Whether squares of a gradient can be summed in the rows' dtype and kept in the Gram matrix.
 
-    The squared norm overflows first, and on a mesh it is one number a leaf.
+    The squared norm overflows first, and on a mesh it is one number for each leaf.
     """
 
     def squared(leaf: jax.Array) -> jax.Array:
@@ -382,7 +382,7 @@ def _is_finite(grads: PyTree, window_dtype: Any | None, gram_dtype: Any) -> jax.
 
 
 def gradient_shapes(state: ScaleByMfacState) -> PyTree:
-    """A tree of what gradients must look like."""
+    """A tree with the shapes that gradients must have."""
     if not isinstance(state.window, DenseWindow):
         return state.feedback
     return jax.tree.map(
@@ -410,5 +410,5 @@ def _checked_window_dtype(window_dtype: Any | None) -> Any | None:
 
 
 def _is_zero(momentum: Scalar) -> bool:
-    # An array, as inject_hyperparams makes it, is not asked: its average is kept.
+    # An array, as inject_hyperparams passes, is not inspected: its average is kept.
     return isinstance(momentum, int | float) and momentum == 0

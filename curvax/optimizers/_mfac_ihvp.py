@@ -22,8 +22,8 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
     $$
 
     The difference loses digits for vectors close to the span of the window: in float32 by a
-    factor of up to $\lVert F \rVert / \lambda$. For the newest gradient the optimizer's own
-    update is $F^{-1} g$ without it.
+    factor of up to $\lVert F \rVert / \lambda$. For the newest gradient, the optimizer's own update
+    is $F^{-1} g$ without that loss.
 
     Args:
       state: the state of `curvax.mfac` or `curvax.scale_by_mfac`, found inside chains and
@@ -34,8 +34,8 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
       $F^{-1} v$, a tree like ``vector`` with its dtypes. Before the first step, $v / \lambda$.
 
     Raises:
-      ValueError: where the state holds no M-FAC or several of them, whose paths are then named;
-        if the vector does not match the window.
+      ValueError: if the state holds no M-FAC state, or several, naming their paths; if the vector
+        does not match the window.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -66,7 +66,7 @@ def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
 
 
 def _with_leaf_lists(node: Any) -> ScaleByMfacState:
-    """The state with lists of arrays for trees: masks leave holes, ``nnx.Optimizer`` variables."""
+    """The state with lists of arrays in place of trees with holes or NNX variables."""
     scalars = {name: jax.tree.leaves(getattr(node, name))[0] for name in _SCALARS}
     feedback = None if node.feedback is None else jax.tree.leaves(node.feedback)
     window = type(node.window)(*map(jax.tree.leaves, node.window))

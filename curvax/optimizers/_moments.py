@@ -13,7 +13,7 @@ Scalar = jax.typing.ArrayLike
 
 
 def average_gradient(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Array:
-    """``m`` of Algorithm 1, in float32 or wider; integers stay as they are."""
+    """``m`` of Algorithm 1, in float32 or wider; integers are unchanged."""
     if not is_inexact(mean):
         return mean
     dtype = jnp.promote_types(wide_dtype(gradient), mean.dtype)
@@ -24,9 +24,9 @@ def average_gradient(gradient: jax.Array, mean: jax.Array, b1: Scalar) -> jax.Ar
 def corrected_mean(
     mu: PyTree, grads: PyTree, count: jax.Array, b1: Scalar, dtype: Any, *, nesterov: bool
 ) -> PyTree:
-    """``mu`` over its weight, one step ahead if ``nesterov``; integers as they are."""
+    """``mu`` over its weight, one step ahead if ``nesterov``; integers are unchanged."""
     decay = jnp.asarray(b1, dtype)
-    # Counts as floats: of a concrete integer exponent each value would be compiled anew.
+    # A float exponent: each value of a concrete integer would be compiled separately.
     weight = 1 - decay ** count.astype(dtype)
 
     def leaf(m: jax.Array, g: jax.Array) -> jax.Array:
@@ -56,10 +56,10 @@ def preconditioned(
 
 
 def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array]:
-    """The steps with bounded entries, and the share of entries that were beyond the bound."""
+    """The steps with bounded entries, and the share of entries beyond the bound."""
     counts, size = [jnp.zeros((), jnp.float32)], 0
     for step in jax.tree.leaves(steps):
-        # In whole numbers: float32 stops counting at 2^24.
+        # Counted as integers: float32 stops counting at 2^24.
         counts.append(jnp.sum(jnp.abs(step) > threshold).astype(jnp.float32))
         size += step.size
 

@@ -13,13 +13,13 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The shardings of ``tx``'s state when each leaf follows its parameter.
 
     A jitted ``init`` under automatic mesh axes loses the parameters' shardings, for Adam as
-    for any optimizer, because zeros depend on nothing. Hand the result to ``jax.jit`` as
+    for any optimizer, because zeros depend on nothing. Pass the result to ``jax.jit`` as
     ``out_shardings``, or to a checkpoint library as the target of a restore.
 
-    A leaf of the state that has its parameter's shape gets its sharding; one with further
-    axes in front, as M-FAC's window has, gets it behind as many unsharded axes; sparse rows of
-    M-FAC, which have blocks in place of entries, get it for the axes of blocks. Everything
-    else (counts, keys) is replicated.
+    A leaf of the state with its parameter's shape gets its sharding; one with extra leading axes,
+    as in M-FAC's window, gets it after as many unsharded axes; sparse rows of M-FAC, which have
+    blocks in place of entries, get it for the axes of blocks. Everything else (counts, keys) is
+    replicated.
 
     Args:
       tx: any Optax transformation.
@@ -56,7 +56,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         state,
         params,
         transform_non_params=lambda _: replicated,
-        is_leaf=is_hole,  # of optax.masked and optax.partition
+        is_leaf=is_hole,  # from optax.masked and optax.partition
     )
 
 
@@ -79,8 +79,8 @@ def _like_its_parameter(leaf: Any, param: Any) -> Any:
     return _replicated(param.sharding)
 
 
-# Sparse rows have the rows in front, as many blocks along each axis as the parameter has axes,
-# and the entries of a block behind.
+# Sparse rows have an axis of rows first, an axis of blocks for each axis of the parameter, and
+# the entries of a block last.
 _SPARSE_AXES = 2
 
 

@@ -1,7 +1,7 @@
-r"""AdaHessian's average of squared curvature, whose leaves accept or refuse an estimate each.
+r"""AdaHessian's average of squared curvature; each leaf accepts or refuses an estimate.
 
 All leaves share one weight $w$, the average of ones, so that $\hat v = v / w$. A leaf with a
-non-finite estimate observes its own $\hat v$ instead, which leaves $\hat v$ as it is whatever
+non-finite estimate averages in its own $\hat v$ instead, which leaves $\hat v$ unchanged whatever
 happens to $w$. A leaf's first accepted estimate counts for all observations before it.
 """
 
@@ -19,8 +19,8 @@ class SquaredAverage(NamedTuple):
     Attributes:
       nu: a tree like the params, the average of squares.
       weight: scalar, the same average of ones.
-      refreshes: int32 scalar, the estimates offered.
-      refusals: int32, one entry a leaf, how many of them were refused.
+      refreshes: int32 scalar, the number of estimates so far.
+      refusals: int32, for each leaf how many of them were refused.
     """
 
     nu: PyTree
@@ -38,16 +38,16 @@ class SquaredAverage(NamedTuple):
         )
 
     def known(self) -> jax.Array:
-        """One bool a leaf: whether it has accepted an estimate."""
+        """A bool for each leaf: whether it has accepted an estimate."""
         return self.refreshes > self.refusals
 
     def corrected(self) -> PyTree:
-        """The mean of the squares that went in; zero where there is none."""
+        """The weighted mean of the squares so far; zero where there is none."""
         weight = jnp.where(self.weight > 0, self.weight, 1)
         return jax.tree.map(lambda v: v / weight.astype(v.dtype), self.nu)
 
     def fold_in(self, squares: PyTree, decay: jax.Array, due: bool | jax.Array) -> "SquaredAverage":
-        """The average with ``squares`` at a weight of ``1 - decay``; as it was if not ``due``."""
+        """The average with ``squares`` at a weight of ``1 - decay``; unchanged if not ``due``."""
         if not jax.tree.leaves(squares):
             return self._replace(refreshes=self.refreshes + due)
         finite = jax.tree.map(lambda square: jnp.all(jnp.isfinite(square)), squares)

@@ -1,4 +1,4 @@
-"""Keeps curvature's arguments from what follows in a chain, such as a line search."""
+"""Hides curvature's arguments from later parts of a chain, such as a line search."""
 
 import inspect
 from typing import Any
@@ -11,10 +11,10 @@ def without_curvature(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a line search, so that it may follow an optimizer that takes curvature in a chain.
 
-    ``optax.chain`` hands every extra argument to each of its parts, and Optax's line searches
-    raise on those that their ``value_fn`` does not take. Of the extra arguments, ``search`` gets
-    here what its own ``update`` or ``value_fn`` names; ``hessian_diag``, ``obj_fn`` and
-    ``refresh`` end before it. Its state stays what it was.
+    ``optax.chain`` passes every extra argument to each of its parts, and Optax's line searches
+    raise on those that their ``value_fn`` does not take. Here ``search`` gets only the extra
+    arguments that its own ``update`` or ``value_fn`` names, and no ``hessian_diag``, ``obj_fn`` or
+    ``refresh``. Its state is unchanged.
 
     Args:
       search: ``optax.scale_by_backtracking_linesearch(...)``,
