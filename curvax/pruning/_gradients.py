@@ -39,35 +39,34 @@ def collect_gradients(
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch. As under ``jax.jit``,
-        what it closes over is as in its first call: what changes, such as statistics of batch
-        normalization that are tuned on, must be in ``batches``.
+        what it closes over is as in its first call: what changes, such as batch statistics that are
+        still updated, must be in ``batches``.
       params: the parameters. Integer and bool leaves get zeros.
-      batches: gives the further arguments of ``loss_fn``, one batch after the other: a tuple or
-        list of them, or a single one that is neither. Arrays in them have the examples along the
-        first axis; scalars belong to all examples.
+      batches: an iterable of the further arguments of ``loss_fn``: for each batch a tuple or list
+        of them, or a single one that is neither. Arrays in them have the examples along the first
+        axis; scalars belong to all examples.
       num_grads: the number of gradients $m$.
-      per_example: whether each example counts as a gradient, not each batch. Means over batches,
-        as published, are less noisy and cheaper; gradients of examples give a Fisher matrix of
-        the Hessian's scale.
+      per_example: whether each example gives a gradient, rather than each batch. Means over
+        batches, as published, are less noisy and cheaper; gradients of examples give a Fisher
+        matrix of the Hessian's scale.
       micro_batch_size: how many examples are differentiated together, to bound memory: the mean
-        over a batch is summed up from such parts of it, and ``per_example`` differentiates so
-        many under ``vmap``, by default one after the other. A ``vmap`` takes 0.6 to 0.8 of the
-        time, convolutions on a CPU included, for the memory of so many gradients.
+        over a batch is summed over parts of that size, and ``per_example`` differentiates as many
+        under ``vmap``, by default one at a time. A ``vmap`` takes 0.6 to 0.8 of the time,
+        convolutions on a CPU included, for the memory of as many gradients.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
         ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files,
-        one for each leaf. Earlier files of the same names are replaced; rows that are still mapped
-        from them stay as they are.
+        one for each leaf. Earlier files of the same names are replaced; rows still mapped from them
+        are unchanged.
       progress: whether a progress bar is shown, by tqdm where that is installed.
 
     Returns:
       A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, float32 or wider.
 
     Raises:
-      ValueError: if the batches end early, the arrays of a batch that is cut disagree in their
-        first axes, a gradient is not finite, ``mask`` does not match, or the loss is not a real
-        scalar.
+      ValueError: if the batches end early, the first axes of a batch to be split disagree, a
+        gradient is not finite, ``mask`` does not match, or the loss is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,8 +100,8 @@ def collect_gradients(
             if number == num_grads:
                 return rows
     raise ValueError(
-        f"batches gave {number} gradients, num_grads={num_grads} asks for more: give more data, "
-        "lower num_grads, or pass an iterable that starts anew (a list, not a used-up iterator)."
+        f"batches gave {number} gradients, num_grads={num_grads} asks for more: pass more "
+        "data, lower num_grads, or pass an iterable that restarts (a list, not an iterator)."
     )
 
 
@@ -139,7 +138,7 @@ def _gradient_of_mean(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable
 
 
 def _gradients_of_examples(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., PyTree]:
-    """The gradients of the examples of a part, under a vmap where it has several."""
+    """The gradients of the examples of a part, under ``vmap`` if it has several."""
     gradient = _gradient(loss_fn, has_aux)
 
     @jax.jit

@@ -1,10 +1,10 @@
 r"""Scores of a greedy removal: one weight at a time in each block, with updated saliencies.
 
-After the removal of $p$ the inverse is that of the rest,
+After the removal of $p$ the inverse of the rest is
 $F^{-1} - F^{-1} e_p e_p^T F^{-1} / [F^{-1}]_{pp}$, and the weights have moved by
 $-F^{-1} e_p w_p / [F^{-1}]_{pp}$. With fewer gradients than weights the first inverse has entries
-of the order of $1 / \lambda$, the last ones of $1 / F_{ii}$: what such differences lose, a few
-fresh inverses and weights, made from the gradients, bring back.
+of the order of $1 / \lambda$, the last ones of $1 / F_{ii}$: the digits lost in such differences
+are restored by recomputing inverse and weights from the gradients a few times.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ _WORKSPACE_BYTES = 2**28
 def greedy_scores(
     leaves: Sequence[Leaf], columns: Sequence[Any], options: FisherOptions
 ) -> list[np.ndarray]:
-    r"""Scores whose order in each block is that of a removal one at a time.
+    r"""Scores whose order in each block is the order of removal one at a time.
 
-    A weight's score is the largest saliency up to its turn, and a rounding unit more than that of
-    the one before, so that a threshold on scores takes the first ones of each block.
+    A weight's score is the largest saliency so far, and at least an ulp more than the score before
+    it, so that a threshold on scores removes the first weights of each block.
     """
     packing = options.packing(leaves)
     all_weights = packing.pack([leaf.weights for leaf in leaves])
@@ -64,21 +64,21 @@ def _greedy(rows: jax.Array, weights: jax.Array, damping: Any) -> jax.Array:
     smallest = 1 / (damping + jnp.diagonal(squares, axis1=1, axis2=2) / num_rows)
     number_at_once = -(-size // _NUM_INVERSES)
 
-    def some(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def remove_several(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         alive, scores, highest = carry
-        inverse, moved = _of_alive(rows, squares, weights, alive, num_rows * damping)
+        inverse, moved = _inverse_and_weights(rows, squares, weights, alive, num_rows * damping)
         carry = (moved, num_rows * inverse, alive, scores, highest)
         remove_one = partial(_remove_one, smallest)
         return jax.lax.fori_loop(0, number_at_once, remove_one, carry)[2:]
 
     start = (jnp.ones(weights.shape, bool), jnp.zeros_like(weights), jnp.zeros_like(weights[:, 0]))
-    return jax.lax.fori_loop(0, _NUM_INVERSES, some, start)[1]
+    return jax.lax.fori_loop(0, _NUM_INVERSES, remove_several, start)[1]
 
 
-def _of_alive(
+def _inverse_and_weights(
     rows: jax.Array, squares: jax.Array, weights: jax.Array, alive: jax.Array, shift: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The inverse over the alive weights, and these after the removal of the others."""
+    """The inverse over the alive weights, and their values after the removal of the others."""
     both = alive[:, :, jnp.newaxis] & alive[:, jnp.newaxis]
     factor, _ = inverse_factor(shifted(jnp.where(both, squares, 0), shift))
     inverse = jnp.einsum("nki,nkj->nij", factor, factor, precision=HIGHEST)
@@ -91,11 +91,11 @@ def _of_alive(
 def _remove_one(smallest: jax.Array, _: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     weights, inverse, alive, scores, highest = carry
     blocks = jnp.arange(len(weights))
-    # The bound 1 / F_ii holds for what is left, too, whatever the rounding.
+    # The bound 1 / F_ii also holds for the remaining weights.
     diagonal = jnp.maximum(jnp.diagonal(inverse, axis1=1, axis2=2), smallest)
     saliency = jnp.where(alive, weights**2 / (2 * diagonal), jnp.inf)
     chosen = jnp.argmin(saliency, axis=1)
-    any_alive = alive[blocks, chosen]  # of a block that is used up, the first again
+    any_alive = alive[blocks, chosen]  # False in an exhausted block, whose choice is void
     highest = jnp.where(
         any_alive,
         jnp.maximum(jnp.nextafter(highest, jnp.inf), saliency[blocks, chosen]),

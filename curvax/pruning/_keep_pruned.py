@@ -15,8 +15,8 @@ class KeepPrunedState(NamedTuple):
     """State of `keep_pruned`.
 
     Attributes:
-      mask: a tree of bool like the params, True for the weights that are kept. A new one may be
-        put in its place, with ``optax.tree.set(state, mask=mask)``, and nothing is recompiled.
+      mask: a tree of bool like the params, True for the weights that are kept. It may be replaced
+        by ``optax.tree.set(state, mask=mask)`` without recompilation.
       inner_state: the state of the wrapped transformation, if there is one.
     """
 
@@ -27,14 +27,14 @@ class KeepPrunedState(NamedTuple):
 def keep_pruned(
     mask: PyTree, inner: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A transformation that keeps pruned weights at zero, so that fine-tuning is ordinary.
+    r"""A transformation that keeps pruned weights at zero during ordinary fine-tuning.
 
-    With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn``
-    with zeros at the pruned weights, so that its moments, window and curvature know of kept ones
-    only, and the update of a pruned weight $w$ is $-w$: zero afterwards, whatever was added in
-    between (exactly, where updates have the parameters' dtype). Without ``inner`` the
-    transformation itself does the last: put it at the end of a chain. It does not belong in front
-    of an optimizer, which would scale $-w$ like a gradient: use ``inner``.
+    With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn`` with
+    zeros at the pruned weights, so that its moments, window and curvature depend on kept weights
+    only, and the update of a pruned weight $w$ is $-w$: it is zero afterwards, whatever was added
+    in between (exactly, if updates have the parameters' dtype). Without ``inner`` the
+    transformation only does the latter: put it at the end of a chain, not before an optimizer,
+    which would scale $-w$ like a gradient.
 
     Args:
       mask: a tree of bool like the params, True for the weights that are kept.
@@ -58,11 +58,11 @@ def keep_pruned(
     wrapped = optax.with_extra_args_support(optax.identity() if inner is None else inner)
 
     def init(params: PyTree) -> KeepPrunedState:
-        present = _present(mask, params)
+        own_mask = _mask_like(mask, params)
         if not is_placeholder(params):
-            check_mask(present, params)
+            check_mask(own_mask, params)
         # Copies: donating the state must not delete the caller's mask.
-        return KeepPrunedState(jax.tree.map(jnp.array, present), wrapped.init(params))
+        return KeepPrunedState(jax.tree.map(jnp.array, own_mask), wrapped.init(params))
 
     def update(
         updates: PyTree, state: KeepPrunedState, params: PyTree | None = None, **extra_args: Any
@@ -97,27 +97,27 @@ def _where_kept(kept: PyTree, tree: PyTree) -> PyTree:
 
 
 def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree) -> dict[str, Any]:
-    """Curvature as a network without the pruned weights has it."""
+    """Extra arguments with the curvature of the network without its pruned weights."""
     masked = dict(extra_args)
     if masked.get("hessian_diag") is not None:
         diag = part_like(masked["hessian_diag"], updates, name="hessian_diag")
         masked["hessian_diag"] = _where_kept(kept, diag)
     for name in ("obj_fn", "value_fn"):
         if masked.get(name) is not None:
-            masked[name] = _of_kept(masked[name], kept)
+            masked[name] = _on_kept(masked[name], kept)
     return masked
 
 
-def _of_kept(fun: Any, kept: PyTree) -> Any:
-    @functools.wraps(fun)  # Optax's line searches read the names of further arguments
-    def of_kept(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+def _on_kept(fun: Any, kept: PyTree) -> Any:
+    @functools.wraps(fun)  # Optax's line searches read the names of its arguments
+    def on_kept(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         return fun(_where_kept(kept, params), *args, **kwargs)
 
-    return of_kept
+    return on_kept
 
 
-def _present(mask: PyTree, params: PyTree) -> PyTree:
-    """The mask with the holes that ``optax.masked`` has left in the params."""
+def _mask_like(mask: PyTree, params: PyTree) -> PyTree:
+    """The mask with the holes that ``optax.masked`` makes in the params."""
     if is_placeholder(params):
         return params
     if has_holes(params):

@@ -1,4 +1,4 @@
-"""Which leaves are pruned, and the weights of theirs that are still alive."""
+"""Which leaves are pruned, and which of their weights are still unpruned."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from curvax._trees import PyTree, Select, path_name, widen
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a kernel, as published: no bias, no norm's scale, no embedding.
+    """Whether a leaf is a kernel, as published: not a bias, a norm's scale or an embedding.
 
-    Names count, not the rank: a bias with an axis for each output and a position embedding are
-    no kernels either.
+    Names count, not the rank: a bias with an axis for each output and a position embedding are not
+    kernels either.
 
     Args:
       path: the leaf's path, ``layers/0/kernel``.
       leaf: an array.
 
     Returns:
-      True for real leaves of two axes and more that no name calls bias, scale, norm or embedding.
+      True for real leaves of two or more axes not named as a bias, scale, norm or embedding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,15 +37,15 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 
 class Leaf(NamedTuple):
-    """A leaf that is pruned; arrays of NumPy.
+    """A leaf that is pruned, as NumPy arrays.
 
     Attributes:
       number: its number among the leaves of the params.
       path: its path.
       shape: its shape.
-      alive: the flat positions of the weights that are alive.
+      alive: the flat positions of the unpruned weights.
       weights: their values.
-      layout: what its axes are, None if it is no kernel.
+      layout: what its axes are, None if it is not a kernel.
     """
 
     number: int
@@ -75,7 +75,7 @@ def selected_leaves(
         axes = kernel_layout(name, leaf.shape, layout)
         leaves.append(Leaf(index, name, leaf.shape, alive, weights[alive], axes))
     if leaves and not any(len(leaf.alive) for leaf in leaves):
-        raise ValueError("mask has pruned all weights of the selected leaves: none is left.")
+        raise ValueError("mask leaves no unpruned weight in the selected leaves.")
     if not leaves:
         names = ", ".join(path_name(path) for path, _ in entries) or "none"
         raise ValueError(f"select chooses no leaf of params; their paths are: {names}.")
@@ -97,7 +97,7 @@ def check_mask(mask: PyTree | None, params: PyTree) -> None:
 
 
 def alive_columns(grads: PyTree, params: PyTree, leaves: Sequence[Leaf]) -> list[Any]:
-    """Of each selected leaf's gradients ``(m, *shape)`` the alive columns: shape (m, n)."""
+    """The alive columns of each selected leaf's gradients ``(m, *shape)``, of shape (m, n)."""
     entries = jax.tree.leaves(grads)
     if not all(jnp.shape(rows)[:1] > (0,) for rows in entries):
         raise ValueError(
@@ -113,7 +113,7 @@ def _columns(rows: Any, leaf: Leaf) -> Any:
     sharded = isinstance(rows, jax.Array) and len(rows.sharding.device_set) > 1
     if len(leaf.alive) == math.prod(leaf.shape) and not sharded:
         return rows.reshape(len(rows), -1)
-    # On the host: on a device each number of alive weights would be compiled anew.
+    # On the host: on a device each number of alive weights would be compiled separately.
     chosen = np.asarray(rows).reshape(len(rows), -1)[:, leaf.alive]
     return chosen if isinstance(rows, np.ndarray) else jnp.asarray(chosen)
 

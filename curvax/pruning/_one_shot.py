@@ -1,4 +1,4 @@
-"""Pruning in several steps with gradients gathered anew, and gradually with fine-tuning."""
+"""Pruning in several steps with fresh gradients, and gradually with fine-tuning."""
 
 import math
 import re
@@ -14,11 +14,11 @@ from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
 from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
-from curvax.pruning._selection import Sparsity, number_to_drop, pools
+from curvax.pruning._selection import Sparsity, number_to_prune, pools
 
 
 def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[float]:
-    r"""Sparsities whose densities fall by the same factor each: $d_j = d_0 (d_n / d_0)^{j/n}$.
+    r"""Sparsities whose densities fall by a constant factor: $d_j = d_0 (d_n / d_0)^{j/n}$.
 
     Args:
       initial: the sparsity before the first step.
@@ -48,7 +48,7 @@ def polynomial_sparsities(
       initial: the sparsity before the first step.
       final: the sparsity after the last.
       num_steps: the number of steps $n$.
-      power: $p$; 3 is the cubic schedule, which prunes much early and little late.
+      power: $p$; 3 is the cubic schedule, which prunes most in the first steps.
 
     Returns:
       ``num_steps`` sparsities, the last of them ``final`` exactly.
@@ -84,23 +84,22 @@ def prune_one_shot(
     progress: bool = False,
     **options: Any,
 ) -> PruneResult:
-    r"""Prunes without fine-tuning, in steps between which gradients are gathered anew.
+    r"""Prunes without fine-tuning, in several steps with fresh gradients for each.
 
-    Densities fall geometrically (`geometric_sparsities`) from the present ones; before each step
-    `collect_gradients` gathers gradients at the weights of the last one, and `prune` drops the
-    next. Magnitudes need no gradients, so ``method="magnitude"`` takes a single step.
+    Densities fall geometrically (`geometric_sparsities`) from the current ones; for each step
+    `collect_gradients` takes gradients at the current weights, and `prune` removes the next ones.
+    Magnitudes need no gradients, so ``method="magnitude"`` takes a single step.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, in evaluation mode.
       params: the parameters.
-      batches: the further arguments of ``loss_fn``, one batch after the other: a tuple of them, or
-        a single one that is no tuple. It is started anew for each step; a used-up iterator goes on
-        where it is.
+      batches: as `collect_gradients` takes it. It is iterated again for each step; an iterator
+        continues where it stopped.
       sparsity: as `prune` takes it.
       method: as `prune` takes it.
-      recomputations: the number of steps; with more the model of the loss stays true for longer.
+      recomputations: the number of steps; with more, the model of the loss stays accurate.
       num_grads: the number of gradients for each step.
-      mask: the weights that are alive.
+      mask: the weights that are unpruned.
       per_example: as `collect_gradients` takes it, like the options that follow.
       micro_batch_size: see there.
       has_aux: see there.
@@ -170,13 +169,13 @@ def prune_gradually(
     mask: PyTree | None = None,
     **options: Any,
 ) -> PruneResult:
-    r"""Prunes to one sparsity after the other, with fine-tuning after each.
+    r"""Prunes to each of several sparsities in turn, with fine-tuning after each.
 
     Args:
       loss_fn: as `prune_one_shot` takes it, like ``params``, ``batches``, ``mask`` and the options.
       params: see there.
       batches: see there.
-      sparsities: the targets, `polynomial_sparsities` for example.
+      sparsities: the targets, from `polynomial_sparsities` for example.
       fine_tune: ``fine_tune(params, mask) -> params``, any training loop that keeps pruned weights
         at zero, with `keep_pruned`.
       mask: see there.
@@ -217,25 +216,25 @@ def _steps(
     num_steps: int,
     options: Mapping[str, Any],
 ) -> list[Sparsity]:
-    """The sparsities of each step, from the present ones on."""
+    """The sparsities of each step, from the current ones on."""
     leaves = selected_leaves(params, mask, options.get("select", is_kernel))
     scope = options.get("scope", "global")
     names, paths = [], []
     for pool in pools(leaves, target, scope):
         members = [leaves[number] for number in pool.leaves]
-        number_to_drop(members, pool.sparsity)  # raises where it is below the present one
-        initial = min(_present(members), pool.sparsity)
+        number_to_prune(members, pool.sparsity)  # raises if it is below the current one
+        initial = min(_current_sparsity(members), pool.sparsity)
         names.append(f"^{re.escape(members[0].path)}$")
         paths.append(geometric_sparsities(initial, pool.sparsity, num_steps))
     if scope == "global" and not isinstance(target, Mapping):
         return list(paths[0])
-    # Of each layer its own path, as a mapping of its name.
+    # A mapping from names to targets: each pool has its own path.
     keys = list(target) if scope == "global" and isinstance(target, Mapping) else names
     return [dict(zip(keys, step, strict=True)) for step in zip(*paths, strict=True)]
 
 
-def _present(leaves: Sequence[Leaf]) -> float:
-    """The sparsity to start from."""
+def _current_sparsity(leaves: Sequence[Leaf]) -> float:
+    """The current sparsity, from which to start."""
     alive = sum(len(leaf.alive) for leaf in leaves)
     return 1 - alive / sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -247,7 +246,7 @@ def _check_path(initial: float, final: float, num_steps: int) -> None:
 
 
 def _check_kept(params: PyTree, mask: PyTree) -> None:
-    """Raises if a pruned weight has come back."""
+    """Raises if a pruned weight is no longer zero."""
     check_mask(mask, params)
     entries = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), kept in zip(entries, jax.tree.leaves(mask), strict=True):

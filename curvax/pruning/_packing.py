@@ -1,7 +1,7 @@
-"""Alive weights of all leaves side by side, filled up with zeros to one of a few sizes.
+"""Alive weights of all leaves side by side, padded with zeros to one of a few sizes.
 
-Each step of a pruning leaves fewer weights, and every new shape is compiled anew. Columns of zeros
-change nothing, so shapes are rounded up, and steps share what is compiled.
+Each pruning step leaves fewer weights, and every new shape needs a compilation. Columns of zeros
+change nothing, so sizes are rounded up, and steps share compiled functions.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ _SMALL = 2**16
 
 
 class Packing(NamedTuple):
-    """How leaves are put side by side; as they are, where ``width`` is None.
+    """How leaves are put side by side; they stay separate if ``width`` is None.
 
     Attributes:
       sizes: the number of alive weights of each leaf.
-      width: the number of columns, with those of zeros at the end.
+      width: the number of columns, including those of zeros at the end.
     """
 
     sizes: tuple[int, ...]
@@ -48,7 +48,7 @@ class Packing(NamedTuple):
 
 
 def rounded_up(number: int) -> int:
-    """A power of two; of large numbers one of eight steps between two powers."""
+    """The next power of two; for large numbers, of eight steps between two powers."""
     power = 1 << max(number - 1, 1).bit_length()
     if power <= _SMALL:
         return power

@@ -20,7 +20,7 @@ from curvax.pruning._scores import (
     magnitude_scores,
     obs_scores,
 )
-from curvax.pruning._selection import Sparsity, check_sparsity, dropped_weights
+from curvax.pruning._selection import Sparsity, check_sparsity, weights_to_prune
 from curvax.pruning._structures import NM, Structure, check_structure
 from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
 
@@ -48,8 +48,8 @@ def prune(
 ) -> PruneResult:
     r"""Prunes parameters in one step, by Optimal Brain Surgeon or a simpler rule.
 
-    With the empirical Fisher matrix $F = \lambda I + \frac1m \sum_i g_i g_i^T$ of the weights that
-    are still alive, as the model of the loss, the weights of the lowest scores go:
+    With the empirical Fisher matrix $F = \lambda I + \frac1m \sum_i g_i g_i^T$ of the unpruned
+    weights as the model of the loss, the weights with the lowest scores are pruned:
 
     | method | score | update of the kept weights by default |
     |---|---|---|
@@ -60,36 +60,36 @@ def prune(
 
     and the kept weights change by
 
-    | update | change, with $Q$ the weights that go |
+    | update | change, with $Q$ the weights to prune and $S$ the kept ones |
     |---|---|
     | ``"joint"`` | $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$ |
     | ``"independent"`` | $-F^{-1} t$, $t_q = w_q / [F^{-1}]_{qq}$: as published |
     | ``"none"`` | nothing |
 
-    A unit of several weights (``structure``) is scored by the sum of its weights' scores, over
-    their number. What is chosen is chosen on the host: scores are gathered there.
+    A unit of several weights (``structure``) has the mean of its weights' scores. The choice is
+    made on the host, where scores are gathered.
 
     Args:
       params: the parameters, a tree of arrays.
       grads: gradients of the loss, a tree of ``(m, *leaf.shape)`` like `collect_gradients`
         returns; None for ``method="magnitude"``.
-      sparsity: the share of the weights of the selected leaves that are zero afterwards, in
-        [0, 1), those that ``mask`` has pruned already among them; a mapping of patterns
-        (``re.search`` on paths) to sparsities, where leaves that none fits are not pruned, though
-        an update may move them; or None, like the $1 - n/m$ of N:M, to bring every group down to
-        N of M, whatever sparsity that makes.
+      sparsity: the share of zeros among the weights of the selected leaves afterwards, in [0, 1),
+        including those already pruned by ``mask``; a mapping of patterns (``re.search`` on paths)
+        to sparsities, where leaves that match none are not pruned, though an update may change
+        them; or None, like $1 - n/m$ for N:M, to bring every group down to N of M, whatever the
+        resulting sparsity.
       method: the scores, see above.
       update: the update of the kept weights, see above.
-      mask: the weights that are alive, a tree of bool like ``params``; None for all.
+      mask: the unpruned weights, a tree of bool like ``params``; None for all.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
       scope: ``"global"`` compares the scores of all leaves, ``"layer"`` prunes each to its
         sparsity.
       structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
-      layout: what ``structure`` takes the axes of a leaf for, as `curvax.adahessian` takes it.
+      layout: how ``structure`` reads the axes of a leaf, as `curvax.adahessian` takes it.
       damping: $\lambda$.
       block_size: the size of the blocks of $F$; None for the full matrix. Where gradients are far
         fewer than weights, 128 prunes much better at high sparsity.
-      block_scope: whether blocks run over the ``"tree"`` of alive weights or start anew at each
+      block_scope: whether blocks run over the ``"tree"`` of unpruned weights or start anew at each
         ``"leaf"``.
       mesh: devices over which the blocks are spread.
 
@@ -99,13 +99,13 @@ def prune(
     Raises:
       ValueError: if an option is out of range, ``select`` chooses nothing, ``mask`` or
         ``grads`` do not match ``params``, gradients are missing or not finite, or ``sparsity`` is
-        below what is pruned already.
+        below the current one.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import pruning
       >>> params = {"kernel": jnp.array([[1.0, 1.1]])}
-      >>> grads = {"kernel": jnp.array([[[2.0, 2.0]], [[0.0, 1.0]]])}  # the weights go together
+      >>> grads = {"kernel": jnp.array([[[2.0, 2.0]], [[0.0, 1.0]]])} # the weights are coupled
       >>> result = pruning.prune(params, grads, 0.5, damping=1e-3)
       >>> print(result.mask["kernel"], result.params["kernel"].round(2))
       [[False  True]] [[0.  1.9]]
@@ -134,16 +134,16 @@ def prune(
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
     options = FisherOptions(damping, block_size, block_scope, mesh)
     update = update or ("joint" if method in ("obs", "greedy") else "none")
-    dropped, changes = _dropped_and_changes(
+    pruned, changes = _pruned_and_changes(
         leaves, columns, method, update, target, scope, structure, options
     )
     predicted = None if columns is None else predicted_loss_change(columns, changes)
-    new_params, new_mask = _assembled(params, mask, leaves, dropped, changes)
+    new_params, new_mask = _assembled(params, mask, leaves, pruned, changes)
     layers = layer_sparsities(new_mask, [leaf.number for leaf in leaves])
     return PruneResult(new_params, new_mask, layers, predicted)
 
 
-def _dropped_and_changes(
+def _pruned_and_changes(
     leaves: list[Leaf],
     columns: list[Any] | None,
     method: str,
@@ -153,7 +153,7 @@ def _dropped_and_changes(
     structure: Structure | None,
     options: FisherOptions,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Which alive weights go, and by how much each changes."""
+    """Which alive weights to prune, and by how much each changes."""
     packing = options.packing(leaves)
     inverse = diagonal = None
     if columns is not None and (method == "obs" or update == "independent"):
@@ -167,16 +167,16 @@ def _dropped_and_changes(
         scores = obs_scores(leaves, diagonal or [])
     else:
         scores = greedy_scores(leaves, columns or [], options)
-    dropped = dropped_weights(leaves, scores, sparsity, scope, structure)
-    if update == "none" or not any(gone.any() for gone in dropped):
+    pruned = weights_to_prune(leaves, scores, sparsity, scope, structure)
+    if update == "none" or not any(flags.any() for flags in pruned):
         changes = [np.zeros_like(leaf.weights) for leaf in leaves]
     elif update == "joint":
-        changes = joint_update(leaves, dropped, columns or [], options)
+        changes = joint_update(leaves, pruned, columns or [], options)
     else:
         assert inverse is not None
-        changes = independent_update(leaves, dropped, inverse, diagonal or [], packing)
-    triples = zip(leaves, dropped, changes, strict=True)
-    return dropped, [np.where(gone, -leaf.weights, change) for leaf, gone, change in triples]
+        changes = independent_update(leaves, pruned, inverse, diagonal or [], packing)
+    triples = zip(leaves, pruned, changes, strict=True)
+    return pruned, [np.where(flags, -leaf.weights, change) for leaf, flags, change in triples]
 
 
 def check_options(
@@ -192,7 +192,7 @@ def check_options(
     select: Select | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> None:
-    """Raises unless the options of `prune`, each by itself, are what they can be."""
+    """Raises unless each option of `prune` is valid by itself."""
     del select, mesh
     check_choice("method", method, METHODS)
     if update is not None:
@@ -212,7 +212,7 @@ def check_options(
 
 
 def explicit_target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
-    """The checked sparsity, which for None is all that N:M allows."""
+    """The checked sparsity; for None, the most that N:M allows."""
     check_structure(structure)
     if sparsity is None:
         if not isinstance(structure, NM):
@@ -226,21 +226,21 @@ def _assembled(
     params: PyTree,
     mask: PyTree | None,
     leaves: list[Leaf],
-    dropped: list[np.ndarray],
+    pruned: list[np.ndarray],
     changes: list[np.ndarray],
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and mask with the changes in place; leaves that are not pruned as they were."""
+    """Parameters and mask with the changes applied; leaves that are not pruned are unchanged."""
     values, treedef = jax.tree.flatten(params)
     masks = (
         [jnp.ones(jnp.shape(value), bool) for value in values]
         if mask is None
         else [jnp.asarray(kept) for kept in jax.tree.leaves(mask)]
     )
-    for leaf, gone, change in zip(leaves, dropped, changes, strict=True):
+    for leaf, flags, change in zip(leaves, pruned, changes, strict=True):
         kept = np.zeros(math.prod(leaf.shape), bool)
-        kept[leaf.alive] = ~gone
+        kept[leaf.alive] = ~flags
         flat = np.zeros(kept.shape, leaf.weights.dtype)
-        flat[leaf.alive] = np.where(gone, 0, leaf.weights + change)
+        flat[leaf.alive] = np.where(flags, 0, leaf.weights + change)
         old = values[leaf.number]
         values[leaf.number] = _like(flat, old)
         masks[leaf.number] = _like(kept, old, dtype=bool)

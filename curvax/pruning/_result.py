@@ -1,4 +1,4 @@
-"""What a pruning gives back, as a table and a plot too."""
+"""The result of pruning, with a table and a plot."""
 
 import math
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class LayerSparsity(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The share of weights that are zero for good."""
+        """The share of weights that are pruned."""
         return 1 - self.kept / self.size
 
 
@@ -34,12 +34,11 @@ class PruneResult(NamedTuple):
     Attributes:
       params: the parameters; pruned weights of the selected leaves are exactly zero.
       mask: a tree of bool like ``params``, True for what is kept; leaves that were not selected
-        have what was given, True without a mask.
+        keep the given mask, True without one.
       layers: the leaves that are pruned, in the tree's order.
-      predicted_loss_change: what the quadratic model of the given gradients expects the loss to
-        rise by, summed over recomputations; None without gradients. Its scale is right for
-        gradients of single examples: those of means over batches of $b$ are smaller, and the
-        quadratic part with them, by $b$.
+      predicted_loss_change: the rise of the loss by the quadratic model of the given gradients,
+        summed over recomputations; None without gradients. Its scale is right for gradients of
+        single examples: with means over batches of $b$ the quadratic part is smaller by $b$.
     """
 
     params: PyTree
@@ -49,14 +48,14 @@ class PruneResult(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in all pruned leaves together."""
+        """The overall share of zeros in the pruned leaves."""
         return 1 - sum(layer.kept for layer in self.layers) / sum(x.size for x in self.layers)
 
     def table(self) -> str:
         """The sparsity of each pruned leaf, as text."""
-        width = max(len("in all"), *(len(layer.path) for layer in self.layers))
+        width = max(len("total"), *(len(layer.path) for layer in self.layers))
         total = LayerSparsity(
-            "in all",
+            "total",
             sum(layer.size for layer in self.layers),
             sum(layer.kept for layer in self.layers),
         )
@@ -83,7 +82,7 @@ class PruneResult(NamedTuple):
             ax = Figure(figsize=(6, height), layout="constrained").subplots()
         names = [layer.path for layer in self.layers]
         ax.barh(names, [100 * layer.sparsity for layer in self.layers], color="#0072b2")
-        ax.axvline(100 * self.sparsity, color="#d55e00", linestyle="--", label="in all")
+        ax.axvline(100 * self.sparsity, color="#d55e00", linestyle="--", label="total")
         ax.invert_yaxis()
         ax.set_xlim(0, 100)
         ax.set_xlabel("sparsity, %")

@@ -1,4 +1,4 @@
-r"""Scores of single weights: what the loss is expected to rise by when one of them goes."""
+r"""Scores of single weights: the predicted rise of the loss when one of them is pruned."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from curvax.pruning._packing import Packing
 
 
 class FisherOptions(NamedTuple):
-    """How the Fisher matrix of the alive weights is damped, cut and spread."""
+    """How the Fisher matrix of the alive weights is damped, cut into blocks and distributed."""
 
     damping: float
     block_size: int | None
@@ -23,10 +23,10 @@ class FisherOptions(NamedTuple):
     mesh: jax.sharding.Mesh | None
 
     def packing(self, leaves: Sequence[Leaf]) -> Packing:
-        """Side by side where weights are gone, so that shapes vary; not if blocks are per leaf."""
-        some_are_gone = any(len(leaf.alive) < math.prod(leaf.shape) for leaf in leaves)
+        """Side by side if weights are pruned, so that shapes vary; not with blocks per leaf."""
+        any_pruned = any(len(leaf.alive) < math.prod(leaf.shape) for leaf in leaves)
         sizes = [len(leaf.alive) for leaf in leaves]
-        return Packing.of(sizes, packed=some_are_gone and self.block_scope == "tree")
+        return Packing.of(sizes, packed=any_pruned and self.block_scope == "tree")
 
     def invert(self, columns: Sequence[Any]) -> InverseFisher:
         return inverse_fisher(
@@ -52,7 +52,7 @@ def fisher_scores(
 
 
 def obs_scores(leaves: Sequence[Leaf], diagonal: Sequence[Any]) -> list[np.ndarray]:
-    r"""Optimal Brain Surgeon's $w^2 / (2 [F^{-1}]_{ii})$: the others make up for the loss."""
+    r"""Optimal Brain Surgeon's $w^2 / (2 [F^{-1}]_{ii})$: the other weights compensate."""
     pairs = zip(leaves, diagonal, strict=True)
     return [leaf.weights**2 / (2 * np.asarray(entries)) for leaf, entries in pairs]
 

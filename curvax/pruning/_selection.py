@@ -1,4 +1,4 @@
-"""From scores to the weights that go: pools, targets, and the order within a pool."""
+"""From scores to the weights to prune: pools, targets, and the order within a pool."""
 
 import math
 import re
@@ -36,8 +36,8 @@ def check_sparsity(sparsity: Any) -> None:
 def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: str) -> list[Pool]:
     """One pool for each sparsity, or for each leaf.
 
-    A mapping names sparsities by patterns of ``re.search`` on the paths; the first that fits
-    counts, and leaves that none fits are not pruned.
+    A mapping gives sparsities by patterns of ``re.search`` on the paths; the first match counts,
+    and leaves without a match are not pruned.
     """
     targets = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
     members: dict[str, list[int]] = {pattern: [] for pattern in targets}
@@ -49,54 +49,54 @@ def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: str) -> list[Pool]:
         if not numbers:
             paths = ", ".join(leaf.path for leaf in leaves)
             raise ValueError(
-                f"sparsity[{pattern!r}] fits no selected leaf that an earlier pattern has left; "
-                f"they are: {paths}."
+                f"sparsity[{pattern!r}] matches no selected leaf, or only leaves that earlier "
+                f"patterns match; the selected leaves are: {paths}."
             )
     if scope == "global":
         return [Pool(numbers, targets[pattern]) for pattern, numbers in members.items()]
     return [Pool([n], targets[pattern]) for pattern, numbers in members.items() for n in numbers]
 
 
-def number_to_drop(leaves: Sequence[Leaf], sparsity: float) -> int:
-    """How many more weights must go, so that the floor of ``sparsity`` of all have gone."""
+def number_to_prune(leaves: Sequence[Leaf], sparsity: float) -> int:
+    """How many more weights to prune to reach ``sparsity``, rounded down."""
     total = sum(math.prod(leaf.shape) for leaf in leaves)
-    gone = total - sum(len(leaf.alive) for leaf in leaves)
+    num_pruned = total - sum(len(leaf.alive) for leaf in leaves)
     # The margin undoes the rounding of a product such as 0.29 * 100.
-    number = math.floor(sparsity * total + 1e-6) - gone
+    number = math.floor(sparsity * total + 1e-6) - num_pruned
     if number < 0:
         raise ValueError(
-            f"sparsity={sparsity} is below the present {gone / total:.6g} of "
-            f"{', '.join(leaf.path for leaf in leaves)}: pruned weights do not come back."
+            f"sparsity={sparsity} is below the current {num_pruned / total:.6g} of "
+            f"{', '.join(leaf.path for leaf in leaves)}: pruned weights stay pruned."
         )
     return number
 
 
-def dropped_weights(
+def weights_to_prune(
     leaves: Sequence[Leaf],
     scores: Sequence[np.ndarray],
     sparsity: Sparsity,
     scope: str,
     structure: Structure | None,
 ) -> list[np.ndarray]:
-    """For each leaf a bool for each alive weight: whether it goes."""
-    dropped = [np.zeros(len(leaf.alive), bool) for leaf in leaves]
+    """For each leaf a bool for each alive weight: whether to prune it."""
+    pruned = [np.zeros(len(leaf.alive), bool) for leaf in leaves]
     for pool in pools(leaves, sparsity, scope):
         members = [leaves[number] for number in pool.leaves]
         whole = _is_whole(pool.sparsity, structure)
-        flags = _drop(
+        flags = _prune_pool(
             members,
             [scores[number] for number in pool.leaves],
-            0 if whole else number_to_drop(members, pool.sparsity),
+            0 if whole else number_to_prune(members, pool.sparsity),
             structure,
             whole,
         )
         for number, flag in zip(pool.leaves, flags, strict=True):
-            dropped[number] = flag
-    return dropped
+            pruned[number] = flag
+    return pruned
 
 
 def _is_whole(sparsity: float, structure: Structure | None) -> bool:
-    """Whether all is to go that N:M allows."""
+    """Whether to prune all that N:M allows."""
     if not isinstance(structure, NM):
         return False
     most = 1 - structure.n / structure.m
@@ -105,7 +105,7 @@ def _is_whole(sparsity: float, structure: Structure | None) -> bool:
     return sparsity > most - 1e-9
 
 
-def _drop(
+def _prune_pool(
     leaves: list[Leaf],
     scores: list[np.ndarray],
     number: int,
@@ -130,7 +130,7 @@ def _drop(
 
 
 def _lowest(scores: np.ndarray, number: int, candidates: np.ndarray) -> np.ndarray:
-    """The ``number`` candidates of lowest score; the first of equals."""
+    """The ``number`` candidates of lowest score; of equal ones, the first."""
     places = np.flatnonzero(candidates)
     order = places[np.argsort(scores[places], kind="stable")]
     flags = np.zeros(len(scores), bool)
@@ -139,7 +139,7 @@ def _lowest(scores: np.ndarray, number: int, candidates: np.ndarray) -> np.ndarr
 
 
 def _lowest_units(scores: np.ndarray, units: np.ndarray, number: int) -> np.ndarray:
-    """Whole units of lowest score per weight, each that still fits into ``number`` weights."""
+    """Whole units of lowest mean score, skipping those above the ``number`` left."""
     sizes = np.bincount(units)
     means = np.bincount(units, weights=scores) / np.maximum(sizes, 1)
     order = np.argsort(np.where(sizes > 0, means, np.inf), kind="stable")

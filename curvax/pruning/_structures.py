@@ -1,4 +1,4 @@
-"""What is removed as a whole: single weights, blocks of them, whole outputs; or N of M kept."""
+"""The units of pruning: single weights, blocks of them, whole outputs; or N of M kept."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from curvax.pruning._leaves import Leaf
 
 
 class NM(NamedTuple):
-    """Of each ``m`` consecutive weights along the fan-in at most ``n`` are kept.
+    """At most ``n`` of each ``m`` consecutive weights along the fan-in are kept.
 
     Attributes:
       n: how many are kept.
@@ -23,20 +23,20 @@ class NM(NamedTuple):
 
 
 class WeightBlocks(NamedTuple):
-    """``size`` consecutive weights along the fan-in go together; it must divide the fan-in."""
+    """Pruning runs of ``size`` consecutive weights along the fan-in, which it must divide."""
 
     size: int
 
 
 class OutputUnits(NamedTuple):
-    """All weights of an output unit go together: a column of a Flax kernel, a row of (out, in)."""
+    """Pruning all weights of an output unit, a Flax kernel's column, a PyTorch weight's row."""
 
 
 Structure = NM | WeightBlocks | OutputUnits
 
 
 def check_structure(structure: Structure | None) -> None:
-    """Raises unless the numbers of a structure make sense."""
+    """Raises unless the numbers of a structure are valid."""
     if structure is None:
         return
     if not isinstance(structure, NM | WeightBlocks | OutputUnits):
@@ -54,7 +54,7 @@ def check_structure(structure: Structure | None) -> None:
 
 
 def unit_numbers(leaf: Leaf, structure: Structure | None) -> np.ndarray:
-    """For each alive weight the number of the unit that it belongs to, from 0 on."""
+    """For each alive weight the number of its unit, from 0."""
     if structure is None:
         return np.arange(len(leaf.alive))
     numbers = (
@@ -90,11 +90,11 @@ def _runs(leaf: Leaf, structure: NM | WeightBlocks) -> np.ndarray:
 def _known_layout(leaf: Leaf, structure: Structure) -> KernelLayout:
     layout = leaf.layout
     if layout is None or layout.unknown or not (layout.fan_in and layout.fan_out):
-        found = layout.letters if layout else "no kernel"
+        found = layout.letters if layout else "not a kernel"
         letters = "IO".rjust(len(leaf.shape), "L")
         raise ValueError(
             f"{structure} needs the axes of fan-in and outputs, and {leaf.path} of shape "
-            f"{leaf.shape} is taken for {found!r}: name them, with layout={{{leaf.path!r}: "
+            f"{leaf.shape} was read as {found!r}: name them, with layout={{{leaf.path!r}: "
             f"{letters!r}}} for (stacked axes, fan-in, outputs), or leave the leaf out with "
             "select."
         )

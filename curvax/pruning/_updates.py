@@ -1,11 +1,11 @@
-r"""What the kept weights do when others go: Optimal Brain Surgeon's update.
+r"""How the kept weights change when others are pruned: Optimal Brain Surgeon's update.
 
-With the dropped weights $Q$ and $F^{-1}$ of all alive ones:
+With the weights $Q$ to prune and $F^{-1}$ over all alive ones:
 
 * joint: $-F^{-1}_{\cdot Q} \left(F^{-1}_{QQ}\right)^{-1} w_Q$, the minimum of
-  $\frac12 \delta^T F \delta$ over all changes that put $Q$ to zero;
-* independent, as published: $-F^{-1} t$ with $t_q = w_q / [F^{-1}]_{qq}$, the sum of the
-  changes that would be right if only one weight went.
+  $\frac12 \delta^T F \delta$ over all changes that set $Q$ to zero;
+* independent, as published: $-F^{-1} t$ with $t_q = w_q / [F^{-1}]_{qq}$, the sum of the changes
+  that would be right for each weight alone.
 """
 
 from collections.abc import Sequence
@@ -23,32 +23,32 @@ from curvax.pruning._scores import FisherOptions
 
 def independent_update(
     leaves: Sequence[Leaf],
-    dropped: Sequence[np.ndarray],
+    pruned: Sequence[np.ndarray],
     inverse: InverseFisher,
     diagonal: Sequence[Any],
     packing: Packing,
 ) -> list[np.ndarray]:
-    """The sum of the changes for each dropped weight by itself."""
+    """The sum of the changes for each pruned weight by itself."""
     rates = [
-        np.where(gone, leaf.weights / np.asarray(entries), 0)
-        for leaf, gone, entries in zip(leaves, dropped, diagonal, strict=True)
+        np.where(flags, leaf.weights / np.asarray(entries), 0)
+        for leaf, flags, entries in zip(leaves, pruned, diagonal, strict=True)
     ]
     return [-change for change in packing.unpack(inverse.solve(packing.pack(rates)))]
 
 
 def joint_update(
     leaves: Sequence[Leaf],
-    dropped: Sequence[np.ndarray],
+    pruned: Sequence[np.ndarray],
     columns: Sequence[Any],
     options: FisherOptions,
 ) -> list[np.ndarray]:
-    """The best change of the kept weights for all dropped ones together."""
+    """The best change of the kept weights for all pruned ones together."""
     packing = options.packing(leaves)
-    removed = [np.where(gone, leaf.weights, 0) for leaf, gone in zip(leaves, dropped, strict=True)]
+    removed = [np.where(flags, leaf.weights, 0) for leaf, flags in zip(leaves, pruned, strict=True)]
     changes = compensation(
         packing.pack(columns),
         packing.pack(removed),
-        packing.pack([~gone for gone in dropped]),
+        packing.pack([~flags for flags in pruned]),
         options.damping,
         block_size=options.block_size,
         block_scope=options.block_scope,

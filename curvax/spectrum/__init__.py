@@ -1,4 +1,4 @@
-"""The spectrum of a loss's curvature as an instrument.
+"""The spectrum of a loss's curvature.
 
 Operators, Lanczos, eigenpairs, densities and traces, a tracker of sharpness, learning rates from
 spectra, and the neural tangent kernel.

@@ -23,14 +23,14 @@ class Basis:
     ) -> tuple[np.ndarray, PyTree, float]:
         """Coefficients in the basis, the rest of the vector, and the rest's length.
 
-        With a ``projector``, of shape (capacity, capacity), the vector is made orthogonal to that
-        part of the basis only.
+        With a ``projector`` of shape (capacity, capacity), the vector is only made orthogonal to
+        that part of the span.
         """
         coefficients, rest, length = orthogonalized(self._window, vector, projector)
         return np.asarray(coefficients, np.float64), rest, float(length)
 
     def put(self, vector: PyTree, length: float, slot: int) -> None:
-        """``vector / length`` becomes the basis vector of number ``slot``."""
+        """``vector / length`` becomes basis vector number ``slot``."""
         self._window = _put(self._window, vector, length, slot)
 
     def combined(self, weights: np.ndarray, like: PyTree) -> PyTree:
@@ -56,7 +56,7 @@ def normalized(vector: PyTree) -> tuple[PyTree, float]:
 def orthogonalized(
     window: DenseWindow, vector: PyTree, projector: jax.Array | None = None
 ) -> tuple[jax.Array, PyTree, jax.Array]:
-    """Gram and Schmidt, twice: after the second pass no digit is left to gain."""
+    """Gram-Schmidt, twice: a third pass would gain nothing."""
     dtype = jnp.result_type(*jax.tree.leaves(vector))
     total, rest = jnp.zeros((), dtype), vector
     for _ in range(2):

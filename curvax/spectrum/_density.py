@@ -28,7 +28,7 @@ class SpectralDensity(NamedTuple):
       standard_error: its standard error over probes; NaN for a single probe.
       nodes: a list of arrays, the Ritz values of each probe.
       weights: a list of arrays, their weights, which sum to one for each probe.
-      bandwidth: the standard deviation of the Gaussian that smooths.
+      bandwidth: the standard deviation of the smoothing Gaussian.
       wasserstein_error: an estimated bound on the distance to the true density, in units of
         eigenvalues: the spread over probes (97.5 % of bootstrap resamples), and the range of the
         nodes divided by the order for the truncation. Infinite for a single probe.
@@ -63,15 +63,15 @@ def spectral_density(
 ) -> SpectralDensity:
     r"""The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
-    Memory is that of ``probe_batch_size`` Lanczos bases, ``order`` vectors each (three with
+    The memory is that of ``probe_batch_size`` Lanczos bases, ``order`` vectors each (three with
     ``reorthogonalize="none"``).
 
     Args:
       operator: a symmetric operator.
       key: a PRNG key for the probes, or an integer seed.
-      order: the number of Lanczos steps $k$ a probe; at most the operator's size.
-      num_probes: the number of probes. The error falls with their square root, and with that of the
-        operator's size.
+      order: the number of Lanczos steps $k$ for each probe; at most the operator's size.
+      num_probes: the number of probes. The error falls with the square root of their number, and
+        with that of the operator's size.
       probe_batch_size: the number of probes whose products are taken together, in one pass over the
         data: faster on an accelerator and where data are streamed.
       bandwidth: the standard deviation of the Gaussians; by default the range over ``2 order``.
@@ -143,7 +143,7 @@ def spectral_density(
 def wasserstein_distance(
     nodes: np.ndarray, weights: np.ndarray, others: np.ndarray, other_weights: np.ndarray
 ) -> float:
-    """The distance between two densities of points: the area between their cumulative sums.
+    """The distance between two weighted sets of points: the area between their cumulative sums.
 
     Args:
       nodes: the points of the first, of shape (n,).
@@ -160,10 +160,10 @@ def wasserstein_distance(
       >>> spectrum.wasserstein_distance(np.array([0.0, 1.0]), np.ones(2), np.ones(1), np.ones(1))
       0.5
     """
-    places = np.concatenate([nodes, others])
+    points = np.concatenate([nodes, others])
     signed = np.concatenate([weights / weights.sum(), -other_weights / other_weights.sum()])
-    order = np.argsort(places)
-    return float(np.abs(np.cumsum(signed[order])[:-1]) @ np.diff(places[order]))
+    order = np.argsort(points)
+    return float(np.abs(np.cumsum(signed[order])[:-1]) @ np.diff(points[order]))
 
 
 def _smooth(
@@ -184,11 +184,11 @@ def _bootstrap(nodes: list[np.ndarray], weights: list[np.ndarray]) -> float:
     if number == 1:
         return np.inf
     generator = np.random.default_rng(0)
-    places = np.concatenate(nodes)
+    points = np.concatenate(nodes)
     owners = np.repeat(np.arange(number), [len(values) for values in nodes])
     shares = np.concatenate(weights) / number
-    order = np.argsort(places)
-    gaps = np.diff(places[order])
+    order = np.argsort(points)
+    gaps = np.diff(points[order])
     distances = []
     for _ in range(_RESAMPLES):
         counts = np.bincount(generator.integers(number, size=number), minlength=number)

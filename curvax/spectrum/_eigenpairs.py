@@ -25,11 +25,11 @@ class Eigenpairs(NamedTuple):
       values: of shape (k,), float64 of NumPy; in descending order (``"smallest"``: ascending, and
         ``"magnitude"`` by absolute value).
       vectors: a tree with leaves of shape ``(k, *leaf.shape)``, each of length one.
-      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), not below rounding: an eigenvalue
-        lies at most that far from the value.
+      residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), at least the rounding error: an
+        eigenvalue lies within that distance of the value.
       converged: of shape (k,), whether the residual is within the tolerance and, with a probability
-        of 99 %, no eigenvalue that should come before it was missed, not even a further copy of a
-        multiple one.
+        of 99 %, no eigenvalue that should come before it was missed, nor another copy of a multiple
+        one.
       num_matvecs: the number of matrix-vector products.
     """
 
@@ -51,14 +51,14 @@ def top_eigenpairs(
     basis_size: int | None = None,
     start: PyTree | None = None,
 ) -> Eigenpairs:
-    r"""Eigenpairs at an end of an operator's spectrum, with bounds of their errors.
+    r"""Eigenpairs at an end of an operator's spectrum, with bounds on their errors.
 
     Lanczos with full orthogonalization; when the basis is full, the best Ritz vectors are kept and
-    the rest is built anew (thick restart), so that memory is bounded by ``basis_size`` vectors.
+    the rest is rebuilt (thick restart), so that memory is bounded by ``basis_size`` vectors.
 
     A Krylov space holds one copy of each distinct eigenvalue, whatever its multiplicity. So once
     the residuals are small, the operator is deflated, $C = (I - V V^T) A (I - V V^T)$, and a
-    Lanczos run from a random vector $r$ looks for an eigenvalue of $C$ that is wanted too. With the
+    Lanczos run from a random vector $r$ looks for another wanted eigenvalue of $C$. With the
     orthonormal polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values
     has a component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$. The run ends when that is
     improbably small, or with a Ritz value beyond the wanted ones; then the search goes on from $r$.
@@ -72,10 +72,11 @@ def top_eigenpairs(
       tolerance: of each residual, relative to the absolute value of its eigenvalue, but not below
         the rounding of the largest. An eigenvalue's error is at most its residual, and close to
         the residual's square over the gap to the next.
-      max_matvecs: where to stop; ``converged`` says which pairs are sure by then.
+      max_matvecs: the number of products at which to stop; ``converged`` says which pairs are
+        certain by then.
       basis_size: vectors in the basis; by default ``2 k + 20``.
-      start: a tree like the operator's vectors, or earlier ``vectors`` with a further first axis,
-        to start from: the pairs of a network after a few more steps take fewer products.
+      start: a tree like the operator's vectors, or earlier ``vectors`` with an extra leading axis:
+        after a few more training steps, the pairs then take fewer products.
 
     Returns:
       The pairs.
@@ -104,7 +105,7 @@ def top_eigenpairs(
     search = _Search(operator, capacity, max_matvecs, as_key(key))
     search.begin(start)
     while True:
-        # A few products at a time: a good start needs no full basis.
+        # A few products at a time: with a good start no full basis is needed.
         search.extend(min(capacity, search.number + max(k, _CHUNK)), at_least=k)
         values, weights, residuals = search.ritz()
         chosen = _ends(values, k, which)
@@ -114,7 +115,7 @@ def top_eigenpairs(
         sure = np.full(k, search.is_complete)
         missed = False
         if small.all() and not search.is_complete:
-            # An eigenvalue of C is off by a residual's square over the gap, at most.
+            # An eigenvalue of C is off by at most a residual's square over the gap.
             loose = max(limit.max(), 0.1 * tolerance**0.5 * np.abs(values[chosen]).min())
             deflated = np.union1d(chosen, np.flatnonzero(residuals <= loose))
             margin = np.maximum(limit, _ROUNDING_OF_PRODUCTS * floor)
@@ -132,14 +133,14 @@ def top_eigenpairs(
                 search.products.num_matvecs,
             )
         if not missed and not small.all():
-            search.choose_line(weights[:, chosen[~small]])
+            search.choose_candidate(weights[:, chosen[~small]])
         if search.number == capacity:
             kept = _ends(values, min(capacity - 2, k + (capacity - k) // 2), which)
             search.restart(values[kept], weights[:, kept])
 
 
-class _Line(NamedTuple):
-    r"""A direction $f$ outside of the basis with its coupling $c$: $A Q = Q H + \sum f c^T$."""
+class _Candidate(NamedTuple):
+    r"""A direction $f$ orthogonal to the basis, with its coupling $c$: $A Q = Q H + \sum f c^T$."""
 
     direction: PyTree
     coupling: np.ndarray
@@ -151,7 +152,7 @@ class _Search:
     Attributes:
       number: the vectors in the basis.
       products: products with the scaled operator; all numbers here are in its units.
-      rounding: the longest remainder of a product that was dropped as rounding.
+      rounding: the norm of the largest remainder that was dropped as rounding error.
     """
 
     def __init__(self, operator: Operator, capacity: int, max_matvecs: int, key: jax.Array) -> None:
@@ -164,7 +165,7 @@ class _Search:
         self._capacity = capacity
         self._basis = Basis(operator.like, capacity)
         self._matrix = np.zeros((capacity, capacity))
-        self._lines: list[_Line] = []  # the last is next
+        self._candidates: list[_Candidate] = []  # the last is next
 
     @property
     def is_complete(self) -> bool:
@@ -184,20 +185,20 @@ class _Search:
         direction, length = normalized(self._random() if start is None else start)
         if not (length > 0 and np.isfinite(length)):
             raise ValueError(f"start must have a finite positive length, got {length}.")
-        self._lines.append(_Line(direction, np.zeros(self._capacity)))
+        self._candidates.append(_Candidate(direction, np.zeros(self._capacity)))
 
     def extend(self, number: int, *, at_least: int) -> None:
         """Adds basis vectors and their products, up to ``number`` vectors.
 
-        Ends earlier on breakdown, but not with fewer vectors than ``at_least``.
+        Ends early on breakdown, but restarts with fewer vectors than ``at_least``.
         """
         while self.number < number and not self.is_spent:
-            if not self._lines:
+            if not self._candidates:
                 if self.number >= at_least:
                     return
                 self.add_direction(self._random())
             slot = self.number
-            direction = self._lines.pop().direction
+            direction = self._candidates.pop().direction
             self._basis.put(direction, 1.0, slot)
             (image,) = self.products.take([direction])
             self.number += 1
@@ -205,46 +206,47 @@ class _Search:
             self._matrix[: slot + 1, slot] = coefficients[: slot + 1]
             self._matrix[slot, : slot + 1] = coefficients[: slot + 1]
             if self.is_complete:
-                self._lines = []
+                self._candidates = []
             elif self._is_rounding(length):
                 self.rounding = max(self.rounding, length)
             else:
                 coupling = np.zeros(self._capacity)
                 coupling[slot] = length
-                self._lines.append(_Line(_scaled(rest, length), coupling))
+                self._candidates.append(_Candidate(_scaled(rest, length), coupling))
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values, vectors in the basis, and bounds of residuals."""
         used = slice(0, self.number)
         values, weights = np.linalg.eigh(self._matrix[used, used])
-        parts = [np.abs(line.coupling[used] @ weights) for line in self._lines]
+        parts = [np.abs(candidate.coupling[used] @ weights) for candidate in self._candidates]
         return values, weights, np.sum(parts, axis=0) if parts else np.zeros(self.number)
 
-    def choose_line(self, weights: np.ndarray) -> None:
-        """Goes on where the residuals of these Ritz vectors are largest."""
-        sizes = [np.abs(line.coupling[: self.number] @ weights).max() for line in self._lines]
+    def choose_candidate(self, weights: np.ndarray) -> None:
+        """Continues with the direction in which these Ritz vectors have the largest residuals."""
+        couplings = [candidate.coupling[: self.number] for candidate in self._candidates]
+        sizes = [np.abs(coupling @ weights).max() for coupling in couplings]
         best = int(np.argmax(sizes))
         if best < len(sizes) - 1:
-            line = self._lines.pop(best)
-            self.add_direction(line.direction, line.coupling)
+            candidate = self._candidates.pop(best)
+            self.add_direction(candidate.direction, candidate.coupling)
 
     def add_direction(self, vector: PyTree, coupling: np.ndarray | None = None) -> None:
-        """What is outside of the basis of a vector of length one is the next direction."""
+        """The part of a unit vector orthogonal to the basis becomes the next direction."""
         _, rest, length = self._basis.orthogonalized(vector)
         coupling = np.zeros(self._capacity) if coupling is None else length * coupling
-        self._lines.append(_Line(_scaled(rest, length), coupling))
+        self._candidates.append(_Candidate(_scaled(rest, length), coupling))
 
     def verify(
         self, deflated: np.ndarray, lows: np.ndarray, highs: np.ndarray
     ) -> tuple[np.ndarray, bool]:
-        """Whether eigenvalues outside of the deflated Ritz vectors stay within bounds.
+        """Whether the eigenvalues of the deflated operator are within bounds.
 
         Lanczos without stored vectors, until an eigenvector beyond the bounds would have to be
         improbably close to orthogonal to the start, or a Ritz value lies beyond them.
 
         Returns:
-          For each pair of bounds, whether it is sure; and whether a Ritz value lies beyond one. The
-          search goes on from the start then.
+          For each pair of bounds, whether it holds with certainty; and whether a Ritz value lies
+          beyond one, in which case the search continues from the start vector.
         """
         projector = np.zeros((self._capacity, self._capacity))
         projector[: self.number, : self.number] = deflated @ deflated.T
@@ -265,7 +267,7 @@ class _Search:
             alpha, rest, _ = three_terms(image, current, previous, beta)
             _, rest, length = self._basis.orthogonalized(rest, projector)
             above = signs * (points - float(alpha)) * polynomial - beta * last
-            if (above[~sure] <= 0).any():  # a sign that changes: Sturm's sequence
+            if (above[~sure] <= 0).any():  # a sign change: Sturm's sequence
                 self.add_direction(start)
                 return sure.all(axis=0), True
             if self._is_rounding(length):
@@ -282,19 +284,19 @@ class _Search:
         return self._basis.combined(weights, self._operator.like)
 
     def restart(self, values: np.ndarray, weights: np.ndarray) -> None:
-        """Keeps Ritz vectors; the next products find their couplings with the next vectors."""
+        """Keeps Ritz vectors; further products give their couplings with the next vectors."""
         self._basis.replace(self.combined(weights))
         margin = (0, self._capacity - len(values))
-        self._lines = [
-            line._replace(coupling=np.pad(line.coupling[: self.number] @ weights, margin))
-            for line in self._lines
+        self._candidates = [
+            candidate._replace(coupling=np.pad(candidate.coupling[: self.number] @ weights, margin))
+            for candidate in self._candidates
         ]
         self.number = len(values)
         self._matrix[:] = 0
         self._matrix[: self.number, : self.number] = np.diag(values)
 
     def _is_rounding(self, length: float) -> bool:
-        """Whether the rest of a product is no more than its own rounding."""
+        """Whether the rest of a product is only its rounding error."""
         scale = max(float(np.abs(self._matrix).max()), 1e-300)
         return length <= _ROUNDING_OF_PRODUCTS * breakdown(self._operator, scale)
 
@@ -308,7 +310,7 @@ def _scaled(vector: PyTree, length: float) -> PyTree:
 
 
 def _start_like(start: PyTree, like: PyTree) -> PyTree:
-    """A start vector as it is, or the sum of earlier eigenvectors, along the leaves' first axes."""
+    """A start vector, or the sum of earlier eigenvectors along the leaves' first axes."""
     shapes = [jnp.shape(leaf)[1:] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(start)]
     if shapes == [leaf.shape for leaf in jax.tree.leaves(like)]:
         start = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start)
@@ -317,7 +319,7 @@ def _start_like(start: PyTree, like: PyTree) -> PyTree:
 
 
 def _bounds(values: np.ndarray, margin: np.ndarray, which: End) -> tuple[np.ndarray, np.ndarray]:
-    """Outside of which an eigenvalue would come before each of the wanted ones."""
+    """The bounds beyond which an eigenvalue would come before each of the wanted ones."""
     lows, highs = np.full(len(values), -np.inf), np.full(len(values), np.inf)
     if which == "magnitude":
         return -np.abs(values) - margin, np.abs(values) + margin

@@ -1,11 +1,11 @@
-r"""Lanczos tridiagonalization, driven from the host around one compiled product.
+r"""Lanczos tridiagonalization, driven from the host with one compiled product.
 
 $A Q = Q T + \beta_k q_{k+1} e_k^T$ with orthonormal $Q$ and tridiagonal $T$. In exact arithmetic
-three terms suffice; in floating-point numbers the vectors lose their orthogonality as soon as an
-eigenvalue has converged, and copies of it appear ("ghosts"). Full reorthogonalization costs two
-passes over the basis a step. Selective reorthogonalization follows an estimate of the loss and
-makes these passes only where it has reached the square root of the rounding unit, which keeps $T$
-exact to full precision (Simon, 1984).
+three terms suffice; in floating-point numbers the vectors lose orthogonality as soon as an
+eigenvalue converges, and copies of it appear ("ghosts"). Full reorthogonalization costs two passes
+over the basis a step. Selective reorthogonalization follows an estimate of the loss and makes these
+passes only once it reaches the square root of the machine epsilon, which keeps $T$ exact to full
+precision (Simon, 1984).
 """
 
 import math
@@ -25,13 +25,13 @@ Reorthogonalization = Literal["full", "selective", "none"]
 
 
 class Lanczos(NamedTuple):
-    r"""A tridiagonal matrix that stands for an operator as seen from a start vector.
+    r"""A tridiagonal matrix that represents an operator on the Krylov space of a start vector.
 
     Attributes:
       diagonal: $\alpha$, of shape (k,), float64 of NumPy.
       off_diagonal: $\beta_1, \dots, \beta_{k-1}$, of shape (k - 1,).
-      residual: $\beta_k$, the length of what is left; zero where the Krylov space was exhausted,
-        so that the eigenvalues of $T$ are exact.
+      residual: $\beta_k$, the length of the remainder; zero if the Krylov space was exhausted, so
+        that the eigenvalues of $T$ are exact.
       num_matvecs: the number of matrix-vector products.
     """
 
@@ -52,15 +52,15 @@ def lanczos(
 ) -> Lanczos:
     r"""Lanczos tridiagonalization of an operator.
 
-    What is compiled does not depend on ``order``. Vectors keep the shardings of the operator's.
+    The compiled functions do not depend on ``order``. Vectors keep the shardings of the operator's.
 
     Args:
       operator: a symmetric operator.
       start: the start vector, a tree like ``operator.like``.
-      order: the number of steps $k$; more than the operator has rows are not made. Ends earlier
-        where the Krylov space is exhausted.
+      order: the number of steps $k$, at most the number of rows. It ends early if the Krylov space
+        is exhausted.
       reorthogonalize: ``"full"`` and ``"selective"`` keep $k$ vectors, ``"none"`` keeps three, for
-        models so large that $k$ copies do not fit; its ghosts distort a density little, but count
+        models so large that $k$ copies do not fit; its ghosts hardly distort a density, but count
         an eigenvalue several times.
 
     Returns:
@@ -107,7 +107,7 @@ def lanczos_together(
 
 
 class _Recurrence:
-    """One tridiagonalization under way: give it $A$ times ``current`` until it has finished."""
+    """One tridiagonalization in progress: pass it $A$ times ``current`` until it is finished."""
 
     def __init__(self, operator: Operator, start: PyTree, order: int, reorthogonalize: str) -> None:
         check_like("the start vector", start, operator.like)
@@ -148,13 +148,13 @@ class _Recurrence:
                 self._basis.put(self.current, 1.0, len(self._alphas))
 
     def _is_due(self, beta: float) -> bool:
-        """Whether the next vector is to be made orthogonal to all before."""
+        """Whether the next vector must be made orthogonal to all previous ones."""
         if self._reorthogonalize == "selective":
             return self._loss.is_large(self._alphas, self._betas, beta)
         return self._reorthogonalize == "full"
 
     def result(self, scale: float) -> Lanczos:
-        """The matrix of the operator itself, ``scale`` times the one of the scaled products."""
+        """The matrix of the operator itself, ``scale`` times that of the scaled products."""
         alphas, betas = scale * np.array(self._alphas), scale * np.array(self._betas)
         return Lanczos(alphas, betas[:-1], float(betas[-1]), len(alphas))
 
@@ -171,7 +171,7 @@ class _OrthogonalityLoss:
         self._again = False
 
     def is_large(self, alphas: list[float], betas: list[float], beta: float) -> bool:
-        """Whether the next vector is to be reorthogonalized; as is the one after it."""
+        """Whether the next vector must be reorthogonalized, as must the one after it."""
         k = len(alphas) - 1
         following = np.zeros_like(self._current)
         if beta > 0 and k > 0:
@@ -199,16 +199,16 @@ def three_terms(
 ) -> tuple[jax.Array, PyTree, jax.Array]:
     alpha = tree_dot(current, image)
     rest = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, image, current, previous)
-    # What rounding has left of the current vector.
+    # Removes what rounding left of the current vector.
     again = tree_dot(current, rest)
     rest = jax.tree.map(lambda r, q: r - again * q, rest, current)
     return alpha + again, rest, tree_norm(rest)
 
 
 class ScaledProducts:
-    """Products with an operator over a power of two that is close to its norm.
+    """Products with an operator divided by a power of two close to its norm.
 
-    What follows is free of overflow and underflow, whatever the scale of the operator.
+    Later computations neither overflow nor underflow, whatever the scale of the operator.
 
     Attributes:
       scale: the power of two, known from the first product that is not zero.
@@ -244,7 +244,7 @@ def _divided(vector: PyTree, number: jax.Array) -> PyTree:
 
 
 def breakdown(operator: Operator, scale: float) -> float:
-    """The length up to which a remainder is rounding, for an operator of norm ``scale``.
+    """The length up to which a remainder is rounding error, for an operator of norm ``scale``.
 
     Vectors have length one, so it does not grow with their size.
     """
@@ -252,5 +252,5 @@ def breakdown(operator: Operator, scale: float) -> float:
 
 
 def precision_of(like: PyTree) -> float:
-    """The rounding unit of the widest dtype."""
+    """The machine epsilon of the widest dtype."""
     return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(like))).eps)

@@ -47,8 +47,8 @@ def ntk_gram(
 ) -> jax.Array:
     r"""The Gram matrix $J J^T$ of the empirical neural tangent kernel.
 
-    A micro-batch's rows of $J$ are taken by as many vector-Jacobian products, and their columns of
-    the Gram matrix by Jacobian-vector products with each micro-batch, so that never more than
+    A micro-batch's rows of $J$ come from as many vector-Jacobian products, and their columns of the
+    Gram matrix from Jacobian-vector products with each micro-batch, so that at most
     ``micro_batch_size * C`` gradients are in memory.
 
     Args:

@@ -1,4 +1,4 @@
-"""Plots of spectra, on axes of matplotlib; nothing global is touched."""
+"""Plots of spectra on matplotlib axes, without global state."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -139,7 +139,7 @@ def plot_layer_traces(trace: TraceEstimate, *, ax: Any | None = None) -> Any:
 
 
 def plot_batch_sizes(study: BatchSizeStudy, *, ax: Any | None = None) -> Any:
-    """The ends of batch Hessians' spectra over the batch size, and those of the full one.
+    """The ends of batch Hessians' spectra against the batch size, and those of the full one.
 
     Args:
       study: what `batch_size_study` returned.

@@ -61,9 +61,9 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
     r"""$P^{-1/2}$ of Adam, $P = \operatorname{diag}(\sqrt{\hat v} + \epsilon)$.
 
     Args:
-      state: the state of ``optax.adam`` or its relatives, found inside chains and wrappers. Not of
-        ``optax.amsgrad``, nor of ``optax.adamax``, whose state looks alike.
-      like: the ``like`` of the operator; of a restricted one, the leaves that it names are taken.
+      state: the state of ``optax.adam`` or its relatives, found inside chains and wrappers. Not
+        that of ``optax.amsgrad`` or ``optax.adamax``, which looks similar.
+      like: the operator's ``like``; for a restricted operator, only its leaves are taken.
       b2: as the optimizer has it.
       eps: as the optimizer has it.
 
@@ -71,7 +71,7 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
       The diagonal, a tree like ``like``.
 
     Raises:
-      ValueError: if the state holds no such optimizer, or several; if it has made no step.
+      ValueError: if the state holds no such optimizer, or several; if it has taken no step.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,7 +91,7 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
     )
     if hasattr(node, "nu_max") or hasattr(node, "nu_weight"):
         raise ValueError(
-            f"{type(node).__name__} does not divide by the root of nu as Adam does: give "
+            f"{type(node).__name__} does not divide by the root of nu as Adam does: pass "
             "preconditioned its own diagonal, or adahessian_inverse_root's."
         )
     count = int(jax.tree.leaves(node.count)[0])
@@ -161,7 +161,7 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
       The function, for vectors like the whole params.
 
     Raises:
-      ValueError: if the state holds no M-FAC, or several; if it has made no step.
+      ValueError: if the state holds no M-FAC, or several; if it has taken no step.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -179,7 +179,7 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
     )
     values, vectors = np.linalg.eigh(gram)
     root, damping_root = np.sqrt(damping + np.maximum(values, 0) / normalizer), np.sqrt(damping)
-    # The division by the root of the damping comes last: here it could overflow.
+    # The division by the root of the damping comes last, as it could overflow here.
     factors = 1 / (normalizer * root * (root + damping_root))
     middle = jnp.asarray(vectors * factors @ vectors.T, jax.tree.leaves(node.gram)[0].dtype)
 
@@ -193,7 +193,7 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
 
 
 def _of_like(tree: PyTree, like: PyTree) -> PyTree:
-    """The tree itself, or for vectors of a part of the params its leaves by path."""
+    """The tree itself, or its leaves by path for vectors of a part of the params."""
     treedef: Any = jax.tree.structure(tree)
     if treedef == jax.tree.structure(like):
         return tree
@@ -208,4 +208,4 @@ def _of_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def _check_steps(count: float) -> None:
     if not count > 0:
-        raise ValueError("the optimizer's state has seen no step yet: it preconditions nothing.")
+        raise ValueError("the optimizer has taken no step yet: its state has no preconditioner.")

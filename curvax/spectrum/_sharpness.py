@@ -1,4 +1,4 @@
-"""Tracks sharpness along a training run, as a pass-through Optax transformation."""
+"""Tracks sharpness during training, as a pass-through Optax transformation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def track_sharpness(
             if not from_outside:
                 wide = jax.tree.map(widen, params)
                 unit = _unit(random_probe(own_key, wide, "normal"))
-                # Placed as the params are, which a random tree is on explicit meshes only.
+                # Placed as the params are, which random trees are only on explicit meshes.
                 direction = jax.tree.map(lambda d, p: jnp.zeros_like(p) + d, unit, wide)
         return TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
@@ -219,7 +219,7 @@ def _ritz(
             basis, jax.tree.map(lambda leaf, u=unit: leaf / u.astype(leaf.dtype), image)
         )
         matrix = matrix.at[:, step].set(column).at[step, :].set(column)
-        # An exhausted space: further vectors are zeros, whose value must not be the largest.
+        # In an exhausted space further vectors are zeros, whose value must not be the largest.
         scale = jnp.abs(matrix).max()
         below = matrix[0, 0] - scale - 1
         matrix = matrix.at[step, step].set(jnp.where(length > 0, matrix[step, step], below))

@@ -1,4 +1,4 @@
-"""Learning rate and momentum from a spectrum, and what batches do to its ends."""
+"""Learning rate and momentum from a spectrum, and how its ends depend on the batch size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def step_sizes(largest: float, smallest: float = 0.0) -> StepSizes:
 
 
 class BatchSizeStudy(NamedTuple):
-    """Extremal eigenvalues of batch Hessians against those of the whole data.
+    """Extremal eigenvalues of batch Hessians and of the full Hessian.
 
     Attributes:
       batch_sizes: of shape (b,).

@@ -1,4 +1,4 @@
-r"""The trace of an operator, by probes alone or with its dominant part taken out first."""
+r"""The trace of an operator, by probes alone or with its dominant part deflated first."""
 
 from typing import Literal, get_args
 
@@ -28,8 +28,8 @@ def trace(
 
     ``"hutchinson"`` averages $z^T A z$ over Rademacher probes. ``"hutch++"`` spends a third of its
     products on a basis $Q$ of the range of $A S$ with random $S$, a third on the exact trace of
-    $Q^T A Q$, and a third on probes of what is left, $(I - Q Q^T) A (I - Q Q^T)$: where a few
-    eigenvalues dominate, as in networks, its variance is much smaller.
+    $Q^T A Q$, and a third on probes of the deflated operator, $(I - Q Q^T) A (I - Q Q^T)$: where a
+    few eigenvalues dominate, as in networks, its variance is much smaller.
 
     Args:
       operator: a symmetric operator.
@@ -37,12 +37,12 @@ def trace(
       num_probes: the number of probes; ``"hutch++"`` makes three products for each.
       method: ``"hutchinson"`` or ``"hutch++"``.
       probe_batch_size: the number of probes whose products are taken together, in one pass over
-        the data: faster on an accelerator and where data are streamed, for as many vectors of
-        memory. (The basis of ``"hutch++"`` is built one vector after the other all the same.)
+        the data: faster on an accelerator and where data are streamed, for the memory of as many
+        vectors. (The basis of ``"hutch++"`` is still built one vector at a time.)
 
     Returns:
       The estimate, in NumPy's float64. With ``"hutch++"`` it has no values by leaf (None), and no
-      samples where nothing is left to estimate.
+      samples if the basis spans the whole space.
 
     Raises:
       ValueError: if a product is not finite, or an option is out of range.
@@ -84,7 +84,7 @@ def _samples(
     together: int,
     basis: Basis | None = None,
 ) -> PyTree:
-    """$z^T A z$ for random signs $z$, without their part in the basis, leaf by leaf."""
+    """$z^T A z$ for random signs $z$, orthogonalized to the basis, leaf by leaf."""
     samples: list[PyTree] = []
     for keys in in_groups(jax.random.split(key, number), together):
         probes = [operator.random_vector(part, "rademacher") for part in keys]

@@ -46,7 +46,7 @@ def test_damping_is_positive(damping):
         ({"structure": pruning.WeightBlocks(5)}, "fan-in that 5 divides"),
         ({"method": "greedy"}, "needs a block_size"),
         ({"sparsity": None}, "sparsity=None needs structure=NM"),
-        ({"sparsity": {"attention": 0.5}}, r"sparsity\['attention'\] fits no selected leaf"),
+        ({"sparsity": {"attention": 0.5}}, r"sparsity\['attention'\] matches no selected leaf"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -96,7 +96,7 @@ def test_a_mask_matches_and_is_of_bool():
 
 def test_a_target_below_the_present_sparsity_is_an_error():
     first = prune(0.5)
-    with pytest.raises(ValueError, match=r"is below the present 0\.5 of conv/kernel, dense/kernel"):
+    with pytest.raises(ValueError, match=r"is below the current 0\.5 of conv/kernel, dense/kernel"):
         prune(0.4, params=first.params, mask=first.mask)
 
 
@@ -136,7 +136,7 @@ def test_no_gradient_at_all_is_an_error():
 
 def test_a_mask_that_has_pruned_everything_is_an_error():
     mask = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), problems.params())
-    with pytest.raises(ValueError, match="mask has pruned all weights"):
+    with pytest.raises(ValueError, match="mask leaves no unpruned weight"):
         prune(0.9, mask=mask)
 
 
@@ -147,7 +147,7 @@ def test_keys_of_sparsities_are_patterns():
 
 def test_a_leaf_without_known_outputs_needs_a_layout():
     params = {"scale": jnp.ones(())}
-    with pytest.raises(ValueError, match=r"scale of shape .* is taken for 'no kernel'.*layout="):
+    with pytest.raises(ValueError, match=r"scale of shape .* was read as 'not a kernel'.*layout="):
         pruning.prune(
             params,
             None,

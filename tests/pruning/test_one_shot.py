@@ -195,7 +195,7 @@ class TestBadInput:
 
     def test_a_target_below_the_present(self):
         _, batches, first = one_shot(0.5)
-        with pytest.raises(ValueError, match=r"below the present 0\.5"):
+        with pytest.raises(ValueError, match=r"below the current 0\.5"):
             pruning.prune_one_shot(loss_fn, first.params, batches, 0.25, mask=first.mask)
 
     def test_an_unknown_option(self):

@@ -342,7 +342,7 @@ class TestPreconditioned:
             (curvax.adahessian(0.1), lambda s: spectrum.adahessian_inverse_root(s, params)),
             (curvax.mfac(num_grads=2), spectrum.mfac_inverse_root),
         ):
-            with pytest.raises(ValueError, match="has seen no step yet"):
+            with pytest.raises(ValueError, match="has taken no step yet"):
                 root(tx.init(params))
 
 
