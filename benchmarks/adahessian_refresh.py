@@ -55,7 +55,7 @@ def conv_loss(params: PyTree, images: jax.Array, targets: jax.Array) -> jax.Arra
 
 
 def step_times(args: argparse.Namespace) -> dict[str, Any]:
-    """The README's loop against the one that is told to refresh, on 32 images of 32x32x3."""
+    """The README's loop against one with ``refresh=True``, on 32 images of 32x32x3."""
     keys = jax.random.split(jax.random.key(0), 5)
     normal = jax.random.normal
     params = {
@@ -102,7 +102,7 @@ def loss_fn(params: PyTree, inputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def final_losses(inputs: jax.Array, labels: jax.Array, options: dict[str, Any]) -> list[float]:
-    """The loss over all images after training, by the seed."""
+    """The loss over all images after training, by seed."""
     one_pass = curvax.value_grad_and_hessian_diag_from_state(loss_fn)
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 10, STEPS)
     tx = curvax.adahessian(schedule, **options)

@@ -1,4 +1,4 @@
-"""Runs that are finished, each kept under what it depends on, so that a benchmark can go on."""
+"""Finished runs, kept by what they depend on, so that an interrupted benchmark can resume."""
 
 import json
 from collections.abc import Callable

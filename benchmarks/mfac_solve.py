@@ -202,7 +202,7 @@ def gradients(number: int, noise: float, seed: int = 0) -> np.ndarray:
 
 
 def rows_in_place(gram: jax.Array) -> list[tuple[jax.Array]]:
-    """Each row of the matrix in turn, so that it stays what it is."""
+    """Each row of the matrix in turn, which leaves it unchanged."""
     return [(row,) for row in gram]
 
 

@@ -6,7 +6,7 @@
 All clip gradients to norm 1 and share a schedule that warms up and decays on a cosine. Each gets
 the same trials: five peak rates, two apart in ratio, the best by the loss on 5000 held-out training
 images at a seed that the table does not use; test images choose nothing. Finished runs are kept
-in build/mfac_training.jsonl, so an interrupted run goes on: delete it after a change of code.
+in build/mfac_training.jsonl, so an interrupted run resumes: delete it after a change of code.
 Writes JSON and a table to benchmarks/results/ under the hardware's name.
 
 The options were chosen before, on the held-out loss of a strided CNN with ReLU at one other seed,
@@ -62,7 +62,7 @@ class CNN(nn.Module):
 
 
 class Contestant(NamedTuple):
-    """What rescales the clipped gradient, in words too, and the middle of the rates to try."""
+    """What rescales the clipped gradient, its description, and the middle of the rates to try."""
 
     scaling: optax.GradientTransformation
     words: str

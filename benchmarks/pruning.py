@@ -5,7 +5,7 @@
 
 Trains the networks (SGD with momentum), prunes them with magnitudes, the diagonal Fisher matrix
 and M-FAC, and compares gradual schedules of equal budgets. Trained networks and finished
-runs are kept in build/pruning/, so an interrupted run goes on: delete it after a change of code.
+runs are kept in build/pruning/, so an interrupted run resumes: delete it after a change of code.
 Writes JSON, a table and a plot to benchmarks/results/ under the hardware's name.
 """
 
@@ -44,7 +44,7 @@ FISHER_BATCH = 16  # examples in a gradient of the Fisher matrix
 
 
 def fisher_batches(data: HashableDataset, seed: int, size: int = FISHER_BATCH) -> Iterator[Any]:
-    """Images and labels of random batches without end."""
+    """An endless stream of random batches of images and labels."""
     while True:
         seed += 1000
         for chosen in batches_of(
@@ -112,7 +112,7 @@ class Cell(NamedTuple):
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """The grid, most telling first: all methods on the first seed, then the seeds, then more.
+    """The grid, most informative first: all methods on the first seed, then the other seeds.
 
     Sixteen recomputations cost sixteen times as much: they are taken where sparsity is high, and
     on further seeds in blocks of 128 only. Further seeds are pruned to those sparsities alone.
@@ -208,7 +208,7 @@ def gradual(args: argparse.Namespace, data: HashableDataset, cache: FinishedRuns
 def prune_gradually(
     name: str, final: float, seed: int, args: argparse.Namespace, data: HashableDataset
 ) -> dict[str, float]:
-    """One network, pruned from a half to ``final``; statistics are tuned on with the weights."""
+    """One network, pruned from a half to ``final``; batch statistics are tuned with the weights."""
     current = trained(seed, data, args.epochs)
 
     def fine_tune(params: PyTree, mask: PyTree) -> PyTree:

@@ -4,8 +4,8 @@
     python benchmarks/spectrum.py --parts peers --rounds 1 --output build
 
 Three parts. ``peers``: eigenvalues, trace and a Lanczos run of one batch by curvax, matfree,
-curvlinops and PyHessian, on the same weights; every measurement is a process of its own, so that
-its memory can be told. ``full``: the spectrum over 10,000 images, with its time and a plot.
+curvlinops and PyHessian, on the same weights; every measurement is a separate process, so that its
+memory can be measured. ``full``: the spectrum over 10,000 images, with its time and a plot.
 ``edge``: sharpness over full-batch gradient descent, from the tracker. JSON, tables and plots go to
 benchmarks/results/ under the hardware's name; the trained network is kept in build/spectrum/.
 """
@@ -130,7 +130,7 @@ def measure(name: str, task: str) -> None:
         images, labels, *leaves = (arrays[f"arr_{k}"] for k in range(len(arrays.files)))
     weights = list(zip(leaves[::2], leaves[1::2], strict=True))
     run = CONTESTANTS[name](Problem(weights, images, labels))[task]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     before = _peak_megabytes()
     start = time.perf_counter()
     run()
@@ -152,7 +152,7 @@ def _peak_megabytes() -> float:
 
 
 def exact_eigenvalues(problem: Problem) -> list[float]:
-    """In float64 by SciPy, to all digits."""
+    """In float64 by SciPy, to full precision."""
     from scipy.sparse.linalg import eigsh
 
     with jax.enable_x64(True):
@@ -219,7 +219,7 @@ def _share_near_zero(density: spectrum.SpectralDensity, largest: float) -> float
 
 
 def edge(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
-    """Full-batch gradient descent at several rates, with its sharpness on the way."""
+    """Full-batch gradient descent at several rates, with its sharpness."""
     count = args.edge_images
     images = flat_images(data.train_images[:count])
     images = jnp.asarray(images - images.mean(axis=0))

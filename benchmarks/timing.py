@@ -1,6 +1,6 @@
 """Steady loops, alternated in blocks within one run; medians and quartiles of a step's time.
 
-And what goes into a file of results besides: versions, hardware, names.
+Also what else a file of results holds: versions, hardware, names.
 """
 
 import datetime

@@ -26,7 +26,7 @@ class Dataset(NamedTuple):
 
 
 def digits() -> Dataset:
-    """The 1797 images of 8x8 pixels that scikit-learn brings along, a fifth of them for tests."""
+    """The 1797 images of 8x8 pixels that come with scikit-learn, a fifth of them for tests."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     split = train_test_split(

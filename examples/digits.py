@@ -61,8 +61,8 @@ def adahessian_step(tx: optax.GradientTransformationExtraArgs) -> Step:
     """One pass for loss, gradient and Hessian diagonal, then one update."""
     one_pass = curvax.value_grad_and_hessian_diag_from_state(loss_fn)
 
-    # refresh=True: fresh curvature at every step, and no conditional to decide on it, in which
-    # a CPU computes the gradients of convolutions slowly.
+    # refresh=True: fresh curvature at every step without a conditional, in which a CPU computes
+    # the gradients of convolutions slowly.
     def step(params: PyTree, state: PyTree, images: jax.Array, labels: jax.Array) -> Any:
         loss, grads, diag = one_pass(params, images, labels, state=state, refresh=True)
         updates, state = tx.update(grads, state, params, hessian_diag=diag, refresh=True)
@@ -107,7 +107,7 @@ def make_chain(contestant: Contestant, num_steps: int) -> optax.GradientTransfor
 
 
 class Result(NamedTuple):
-    """Losses before training and after each epoch, and what is known at the end."""
+    """Losses before training and after each epoch, and the final metrics."""
 
     train_losses: list[float]
     test_losses: list[float]
@@ -148,7 +148,7 @@ def train(
 def batches(
     dataset: Dataset, batch_size: int, generator: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch in random order; what does not fill a batch is left out."""
+    """One epoch in random order; an incomplete last batch is dropped."""
     order = generator.permutation(len(dataset.train_images))
     for start in range(0, len(order) - batch_size + 1, batch_size):
         chosen = order[start : start + batch_size]

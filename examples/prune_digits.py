@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option("--num-grads", default=512, help="gradients of examples (default: %(default)s)")
     option("--recomputations", default=16, help="default: %(default)s")
     option("--seed", type=int, default=0, help="default: %(default)s")
-    # Steadier at 95 % than the library's 1e-5, where few weights make up for many.
+    # Steadier at 95 % than the library's 1e-5, where few weights must compensate for many.
     parser.add_argument("--damping", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument(
         "--output",
