@@ -469,7 +469,7 @@ def test_vectors_of_any_dtype_are_taken(dtype, linearize):
 
 def test_selected_leaves_have_paths_of_their_own():
     params = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
-    with pytest.raises(ValueError, match="select needs leaves of different paths"):
+    with pytest.raises(ValueError, match="select needs leaves with distinct paths"):
         spectrum.hessian_operator(
             lambda p, x: x * jnp.sum(p["a"]["b"] ** 2), params, [1.0], select=lambda *_: True
         )
