@@ -190,7 +190,7 @@ class _Search:
     def extend(self, number: int, *, at_least: int) -> None:
         """Adds basis vectors and their products, up to ``number`` vectors.
 
-        Ends early on breakdown, but restarts with fewer vectors than ``at_least``.
+        On breakdown it ends early, or restarts from a random direction below ``at_least`` vectors.
         """
         while self.number < number and not self.is_spent:
             if not self._candidates:

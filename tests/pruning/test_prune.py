@@ -335,7 +335,7 @@ def test_table_and_plot_show_every_layer():
     params, rows = problem()
     result = pruning.prune(params, rows, 0.5)
     lines = result.table().splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["conv/kernel", "dense/kernel", "in"]
+    assert [line.split()[0] for line in lines[1:]] == ["conv/kernel", "dense/kernel", "total"]
     assert lines[-1].split()[-1] == "50.00%"
     axes = result.plot()
     widths = [bar.get_width() for bar in axes.patches]
