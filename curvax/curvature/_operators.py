@@ -45,8 +45,9 @@ def hessian_operator(
         arrays are the operator's own under ``jax.jit``; any other iterable is read once a product.
       select: ``(path, leaf) -> bool``, the leaves that the operator is restricted to; vectors are
         then dictionaries of paths.
-      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the length of the first axis,
-        on which all arrays must agree, one where there is none.
+      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the sum of the weights of
+        `curvax.WeightedTargets`, else the length of the first axis, on which all arrays must
+        agree, one where there is none.
       linearize: whether what a product needs from the network is computed once for each batch and
         kept, which saves about a third of a product's time for about the memory that the product
         of a batch takes, times the number of batches. None for yes where there is a single batch
@@ -111,8 +112,7 @@ def ggn_operator(
       network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
       loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. Where
-        targets have weights, ``batch_weight`` should give their sum.
+      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it.
       select: as `hessian_operator` takes it.
       batch_weight: see there.
       linearize: see there.
