@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from curvax._checks import is_traced, warn_of_batch_stats
 from curvax._trees import Differentiable, Leaves, PyTree, Select, path_name, tree_norm, widen
+from curvax.curvature._batch_loss import WeightedTargets
 from curvax.curvature._batches import as_arguments, num_examples
 from curvax.curvature._operator import ById, Operator
 
@@ -189,8 +190,16 @@ def _weighted(
         if batch_weight is not None:
             yield float(batch_weight(*arguments)), arguments
             continue
-        number = num_examples(arguments, "pass batch_weight=, a function of the batch's arguments")
-        yield 1.0 if number is None else float(number), arguments
+        yield _weight(arguments), arguments
+
+
+def _weight(arguments: tuple[Any, ...]) -> float:
+    """What a batch counts by default: the sum of its weights, or the number of its examples."""
+    for argument in arguments:
+        if isinstance(argument, WeightedTargets):
+            return float(jnp.sum(argument.weights))
+    number = num_examples(arguments, "pass batch_weight=, a function of the batch's arguments")
+    return 1.0 if number is None else float(number)
 
 
 def _part(params: PyTree, select: Select | None) -> tuple[Differentiable, PyTree]:

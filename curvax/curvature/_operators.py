@@ -46,8 +46,9 @@ def hessian_operator(
         product.
       select: ``(path, leaf) -> bool``, the leaves that the operator is restricted to; vectors are
         then dictionaries of paths.
-      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the length of the first axis,
-        on which all arrays must agree, or one where there are only scalars.
+      batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the sum of the weights of
+        `curvax.WeightedTargets`, else the length of the first axis, on which all arrays must
+        agree, or one where there are only scalars.
       linearize: whether what products need from the network is computed once for each batch and
         kept. It saves about a third of a product's time, and takes about the memory of one batch's
         product times the number of batches. None means yes for a single kept batch, unless ``mode``
@@ -112,8 +113,7 @@ def ggn_operator(
       network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
       loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it. If
-        targets have weights, ``batch_weight`` should return their sum.
+      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it.
       select: as `hessian_operator` takes it.
       batch_weight: see there.
       linearize: see there.

@@ -9,6 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import curvax
+from curvax import spectrum
 from tests.reference import random_like
 
 pytestmark = pytest.mark.oldest
@@ -63,6 +64,19 @@ def test_a_weight_counts_like_repeated_examples(params, inputs, loss):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_a_data_set_of_weighted_batches_is_one_weighted_batch(params, inputs):
+    def targets(part):
+        return curvax.WeightedTargets(LABELS[part], WEIGHTS[part])
+
+    def operator(batches):
+        return spectrum.ggn_operator(network, "softmax_cross_entropy", params, batches)
+
+    whole = operator([(inputs, targets(slice(None)))])
+    halves = operator([(inputs[:1], targets(slice(1))), (inputs[1:], targets(slice(1, 2)))])
+    tangent = random_like(params, 2)
+    chex.assert_trees_all_close(halves(tangent), whole(tangent), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
