@@ -1,26 +1,28 @@
 """The signed Hessian diagonal beside value and gradient, in one pass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import as_key, check_choice, check_count, check_keywords
-from curvax._trees import Differentiable, PyTree, is_inexact, widen
-from curvax.curvature._one_pass import OnePass
+from curvax._trees import Differentiable, Tree, is_inexact, widen
+from curvax.curvature._one_pass import OnePass, P, Value
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import Mode, loss_of_leaves, value_grad_and_hvp
 
+Probe = TypeVar("Probe")
+
 
 def value_grad_and_hessian_diag(
-    fun: Callable[..., Any],
+    fun: Callable[Concatenate[Tree, P], Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> OnePass:
+) -> OnePass[Tree, P, Value]:
     r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
 
     The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
@@ -70,41 +72,42 @@ def value_grad_and_hessian_diag(
       Learning](https://arxiv.org/abs/2006.00719), 2020, Eq. 9.
     """
     check_count("num_probes", num_probes)
-    check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("distribution", distribution, get_args(Distribution))
     check_keywords("value_grad_and_hessian_diag", fun, ("key",))
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
     def value_grad_and_diag(
-        params: PyTree, *args: Any, key: jax.Array | int, **kwargs: Any
-    ) -> tuple[Any, PyTree, PyTree]:
-        def sample(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
+        params: Tree, *args: Any, key: jax.Array | int, **kwargs: Any
+    ) -> tuple[Value, Tree, Tree]:
+        def sample(probe: Tree) -> tuple[Value, Tree, Tree]:
             value, grads, product = one_pass(params, probe, *args, **kwargs)
             return value, grads, times_probe(probe, product)
 
         return mean_over_probes(sample, key, params, num_probes, distribution)
 
-    def value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def value_and_grad(params: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Value, Tree]:
         tree = Differentiable.of(params)
         loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
         leaves = tree.select(tree.leaves)
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(leaves)
-        return ((value, aux) if has_aux else value), tree.tangent(grads)
+        output: Any = (value, aux) if has_aux else value
+        return output, tree.tangent(grads)
 
     return OnePass(fun, value_grad_and_diag, value_and_grad)
 
 
 def mean_over_probes(
-    sample: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
+    sample: Callable[[Probe], tuple[Value, Tree, Tree]],
     key: jax.Array | int,
-    params: PyTree,
+    like: Probe,
     num_probes: int,
     distribution: Distribution,
-) -> tuple[Any, PyTree, PyTree]:
-    """Value, gradient and the mean of the estimates of ``num_probes`` vectorized probes."""
+) -> tuple[Value, Tree, Tree]:
+    """Value, gradient and the mean of the estimates of vectorized probes like ``like``."""
     key = as_key(key)
 
-    def from_probe(index: int | jax.Array) -> tuple[Any, PyTree, PyTree]:
-        return sample(random_probe(jax.random.fold_in(key, index), params, distribution))
+    def from_probe(index: int | jax.Array) -> tuple[Value, Tree, Tree]:
+        return sample(random_probe(jax.random.fold_in(key, index), like, distribution))
 
     if num_probes == 1:
         return from_probe(0)

@@ -1,22 +1,23 @@
 """One pass with the key and the refresh interval read from an optimizer's own state."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_keywords
-from curvax._trees import PyTree
+from curvax._trees import Tree
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
+from curvax.curvature._one_pass import OnePassFromState, P, Value
 from curvax.curvature._probes import Distribution
 from curvax.curvature._products import Mode
 from curvax.curvature._refresh import decide, find_refresh_state, step_key
 
 
 def from_state(
-    one_pass: Callable[..., tuple[Any, PyTree, PyTree]],
-) -> Callable[..., tuple[Any, PyTree, PyTree | None]]:
+    one_pass: Callable[..., tuple[Value, Tree, Tree]],
+) -> OnePassFromState[Tree, Value]:
     r"""Makes a one-pass function read its key and the refresh interval from the state.
 
     The optimizer's state says at which step it is, whether that step wants curvature and which
@@ -70,24 +71,20 @@ def from_state(
     value_and_grad = getattr(one_pass, "value_and_grad", None)
 
     def value_grad_and_diag(
-        params: PyTree,
-        *args: Any,
-        state: Any,
-        refresh: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, PyTree, PyTree | None]:
+        params: Tree, *args: Any, state: Any, refresh: bool | None = None, **kwargs: Any
+    ) -> Any:
         found = find_refresh_state(state)
         due = decide(refresh, found)
 
-        def with_diag() -> tuple[Any, PyTree, PyTree]:
+        def with_diag() -> tuple[Value, Tree, Tree]:
             return one_pass(params, *args, key=step_key(found), **kwargs)
 
-        def without_diag() -> tuple[Any, PyTree]:
+        def without_diag() -> tuple[Value, Tree]:
             if value_and_grad is None:
                 return with_diag()[:2]
             return value_and_grad(params, *args, **kwargs)
 
-        def zeros() -> PyTree:
+        def zeros() -> Tree:
             return jax.tree.map(jnp.zeros_like, params)
 
         if not isinstance(due, bool):
@@ -100,13 +97,13 @@ def from_state(
 
 
 def value_grad_and_hessian_diag_from_state(
-    fun: Callable[..., Any],
+    fun: Callable[Concatenate[Tree, P], Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> Callable[..., tuple[Any, PyTree, PyTree | None]]:
+) -> OnePassFromState[Tree, Value]:
     r"""`curvax.value_grad_and_hessian_diag` with key and interval from the optimizer's state.
 
     Short for ``curvax.from_state(curvax.value_grad_and_hessian_diag(fun, ...))``; see
