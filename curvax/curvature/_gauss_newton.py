@@ -9,7 +9,7 @@ and stored values.
 """
 
 from collections.abc import Callable
-from typing import Any, Concatenate, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def _output_loss(loss: Loss) -> OutputLoss:
 
 
 def ggn_vp(
-    network: Network,
+    network: Network[Tree, Any],
     loss: Loss,
     params: Tree,
     tangent: Tree,
@@ -101,7 +101,7 @@ def ggn_vp(
 
 
 def fisher_vp(
-    network: Network,
+    network: Network[Tree, Any],
     loss: Loss,
     params: Tree,
     tangent: Tree,
@@ -196,7 +196,7 @@ def _outer_product_vp(
 
 
 def value_grad_and_ggn_diag(
-    network: Callable[Concatenate[Tree, ...], Value],
+    network: Network[Tree, Value],
     loss: Loss,
     *,
     has_aux: bool = False,
@@ -268,7 +268,7 @@ def value_grad_and_ggn_diag(
 
 
 def value_grad_and_ggn_diag_from_outputs(
-    network: Callable[Concatenate[Tree, ...], Value],
+    network: Network[Tree, Value],
     loss: Loss,
     *,
     has_aux: bool = False,
@@ -354,7 +354,7 @@ def _value_and_grad(
 
 
 def _value_and_grad_of(
-    network: Network, loss: Loss, has_aux: bool
+    network: Network[PyTree, Any], loss: Loss, has_aux: bool
 ) -> Callable[..., tuple[Any, PyTree]]:
     """The part of a one-pass function that needs no curvature."""
 

@@ -87,7 +87,7 @@ class Operator:
         """The number of rows of $A$."""
         return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(self.like))
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+    def tree_flatten(self) -> tuple[tuple[object, object], object]:
         """The operator as a tree: ``like``, and the product where it has arrays."""
         if jax.tree_util.all_leaves([self._product]):
             return (self.like, None), (ById(self._product), ById(self._products))

@@ -13,7 +13,7 @@ from curvax._checks import check_count, check_range
 from curvax._trees import PyTree, Tree, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
-from curvax.pruning._options import Method, OneShotOptions, PruneOptions, Storage
+from curvax.pruning._options import Method, OneShotOptions, PruneOptions, Storage, Update
 from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_drop, pools
@@ -76,6 +76,7 @@ def prune_one_shot(
     sparsity: Sparsity | None,
     *,
     method: Method = "obs",
+    update: Update | None = None,
     recomputations: int = 16,
     num_grads: int = 64,
     mask: PyTree | None = None,
@@ -100,6 +101,7 @@ def prune_one_shot(
         where it is.
       sparsity: as `prune` takes it.
       method: as `prune` takes it.
+      update: as `prune` takes it.
       recomputations: the number of steps; with more the model of the loss stays true for longer.
       num_grads: the number of gradients for each step.
       mask: the weights that are alive.
@@ -134,7 +136,7 @@ def prune_one_shot(
     """
     check_count("recomputations", recomputations)
     check_count("num_grads", num_grads)
-    check_options(method=method, **options)
+    check_options(method=method, update=update, **options)
     target = explicit_target(sparsity, options.get("structure"))
     steps = 1 if method == "magnitude" else recomputations
     predicted: float | None = None
@@ -154,7 +156,7 @@ def prune_one_shot(
                 storage=storage,
                 progress=progress,
             )
-        result = prune(params, grads, step, method=method, mask=mask, **options)
+        result = prune(params, grads, step, method=method, update=update, mask=mask, **options)
         params, mask = result.params, result.mask
         if result.predicted_loss_change is not None:
             predicted = (predicted or 0.0) + result.predicted_loss_change

@@ -29,7 +29,6 @@ Storage = Literal["device", "host"]
 class PruneOptions(TypedDict, total=False):
     """What `prune_one_shot` hands on to `prune`."""
 
-    update: Update | None
     predicate: Predicate
     scope: Scope
     structure: Structure | None
@@ -44,6 +43,7 @@ class OneShotOptions(PruneOptions, total=False):
     """What `prune_gradually` hands on to `prune_one_shot`."""
 
     method: Method
+    update: Update | None
     recomputations: int
     num_grads: int
     per_example: bool
