@@ -81,7 +81,8 @@ def choices() -> None:
     curvax.adahessian(0.1, averaging="rows")  # type: ignore[arg-type]
     curvax.adahessian(0.1, layout="flux")  # type: ignore[arg-type]
     curvax.adahessian(0.1, mode="forward")  # type: ignore[arg-type]
-    curvax.mfac(0.1, window_scaling="full", window_dtype="float16")  # type: ignore[arg-type]
+    curvax.mfac(0.1, window_scaling="full")  # type: ignore[arg-type]
+    curvax.mfac(0.1, window_dtype="float16")  # type: ignore[arg-type]
     curvax.mfac(0.1, window_dtype=jnp.bfloat16)
     curvax.value_grad_and_ggn_diag(network, "mse")  # type: ignore[arg-type]
     curvax.random_probe(0, jnp.ones(2), "gaussian")  # type: ignore[arg-type]
