@@ -54,7 +54,8 @@ def results():
         if inspect.isclass(value):
             yield from results_of_class(name, value)
         elif inspect.isfunction(value):
-            yield name, value.__annotations__["return"]
+            for function in typing.get_overloads(value) or [value]:
+                yield name, function.__annotations__["return"]
 
 
 def holds_any(annotation):

@@ -1,28 +1,26 @@
 """The signed Hessian diagonal beside value and gradient, in one pass."""
 
 from collections.abc import Callable
-from typing import Any, Concatenate, TypeVar, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import as_key, check_choice, check_count, check_keywords
-from curvax._trees import Differentiable, Tree, is_inexact, widen
-from curvax.curvature._one_pass import OnePass, P, Value
+from curvax._trees import Differentiable, PyTree, is_inexact, widen
+from curvax.curvature._one_pass import OnePass, Value
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import Mode, loss_of_leaves, value_grad_and_hvp
 
-Probe = TypeVar("Probe")
-
 
 def value_grad_and_hessian_diag(
-    fun: Callable[Concatenate[Tree, P], Value],
+    fun: Callable[..., Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> OnePass[Tree, P, Value]:
+) -> OnePass[Value]:
     r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
 
     The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
@@ -77,36 +75,35 @@ def value_grad_and_hessian_diag(
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
     def value_grad_and_diag(
-        params: Tree, *args: Any, key: jax.Array | int, **kwargs: Any
-    ) -> tuple[Value, Tree, Tree]:
-        def sample(probe: Tree) -> tuple[Value, Tree, Tree]:
+        params: PyTree, *args: Any, key: jax.Array | int, **kwargs: Any
+    ) -> tuple[Any, PyTree, PyTree]:
+        def sample(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
             value, grads, product = one_pass(params, probe, *args, **kwargs)
             return value, grads, times_probe(probe, product)
 
         return mean_over_probes(sample, key, params, num_probes, distribution)
 
-    def value_and_grad(params: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Value, Tree]:
+    def value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         tree = Differentiable.of(params)
         loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
         leaves = tree.select(tree.leaves)
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(leaves)
-        output: Any = (value, aux) if has_aux else value
-        return output, tree.tangent(grads)
+        return ((value, aux) if has_aux else value), tree.tangent(grads)
 
     return OnePass(fun, value_grad_and_diag, value_and_grad)
 
 
 def mean_over_probes(
-    sample: Callable[[Probe], tuple[Value, Tree, Tree]],
+    sample: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
     key: jax.Array | int,
-    like: Probe,
+    like: PyTree,
     num_probes: int,
     distribution: Distribution,
-) -> tuple[Value, Tree, Tree]:
+) -> tuple[Any, PyTree, PyTree]:
     """Value, gradient and the mean of the estimates of vectorized probes like ``like``."""
     key = as_key(key)
 
-    def from_probe(index: int | jax.Array) -> tuple[Value, Tree, Tree]:
+    def from_probe(index: int | jax.Array) -> tuple[Any, PyTree, PyTree]:
         return sample(random_probe(jax.random.fold_in(key, index), like, distribution))
 
     if num_probes == 1:

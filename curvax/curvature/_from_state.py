@@ -1,23 +1,23 @@
 """One pass with the key and the refresh interval read from an optimizer's own state."""
 
 from collections.abc import Callable
-from typing import Any, Concatenate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_keywords
-from curvax._trees import Tree
+from curvax._trees import PyTree
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
-from curvax.curvature._one_pass import OnePassFromState, P, Value
+from curvax.curvature._one_pass import OnePassFromState, Value
 from curvax.curvature._probes import Distribution
 from curvax.curvature._products import Mode
 from curvax.curvature._refresh import decide, find_refresh_state, step_key
 
 
 def from_state(
-    one_pass: Callable[..., tuple[Value, Tree, Tree]],
-) -> OnePassFromState[Tree, Value]:
+    one_pass: Callable[..., tuple[Value, PyTree, PyTree]],
+) -> OnePassFromState[Value]:
     r"""Makes a one-pass function read its key and the refresh interval from the state.
 
     The optimizer's state says at which step it is, whether that step wants curvature and which
@@ -71,20 +71,20 @@ def from_state(
     value_and_grad = getattr(one_pass, "value_and_grad", None)
 
     def value_grad_and_diag(
-        params: Tree, *args: Any, state: Any, refresh: bool | None = None, **kwargs: Any
+        params: PyTree, *args: Any, state: Any, refresh: bool | None = None, **kwargs: Any
     ) -> Any:
         found = find_refresh_state(state)
         due = decide(refresh, found)
 
-        def with_diag() -> tuple[Value, Tree, Tree]:
+        def with_diag() -> tuple[Any, PyTree, PyTree]:
             return one_pass(params, *args, key=step_key(found), **kwargs)
 
-        def without_diag() -> tuple[Value, Tree]:
+        def without_diag() -> tuple[Any, PyTree]:
             if value_and_grad is None:
                 return with_diag()[:2]
             return value_and_grad(params, *args, **kwargs)
 
-        def zeros() -> Tree:
+        def zeros() -> PyTree:
             return jax.tree.map(jnp.zeros_like, params)
 
         if not isinstance(due, bool):
@@ -97,13 +97,13 @@ def from_state(
 
 
 def value_grad_and_hessian_diag_from_state(
-    fun: Callable[Concatenate[Tree, P], Value],
+    fun: Callable[..., Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> OnePassFromState[Tree, Value]:
+) -> OnePassFromState[Value]:
     r"""`curvax.value_grad_and_hessian_diag` with key and interval from the optimizer's state.
 
     Short for ``curvax.from_state(curvax.value_grad_and_hessian_diag(fun, ...))``; see

@@ -9,7 +9,7 @@ and stored values.
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,10 @@ from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._jacobian import Linearization, Network, linearize_network
 from curvax.curvature._losses import LOSSES, LossName, OutputLoss, convex_loss
 from curvax.curvature._modes import JacobianMode
-from curvax.curvature._one_pass import OnePass, Value
+from curvax.curvature._one_pass import OnePass
 from curvax.curvature._probes import Distribution, times_probe
 
+Aux = TypeVar("Aux")
 Loss = LossName | OutputLoss | Callable[[jax.Array, Any], jax.Array]
 
 
@@ -37,7 +38,7 @@ def _output_loss(loss: Loss) -> OutputLoss:
 
 
 def ggn_vp(
-    network: Network[Tree, Any],
+    network: Network,
     loss: Loss,
     params: Tree,
     tangent: Tree,
@@ -101,7 +102,7 @@ def ggn_vp(
 
 
 def fisher_vp(
-    network: Network[Tree, Any],
+    network: Network,
     loss: Loss,
     params: Tree,
     tangent: Tree,
@@ -195,15 +196,39 @@ def _outer_product_vp(
     return point.tree.tangent(point.vector_jacobian(product.astype(point.outputs.dtype)))
 
 
+@overload
 def value_grad_and_ggn_diag(
-    network: Network[Tree, Value],
+    network: Network,
+    loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
+) -> OnePass[jax.Array]: ...
+
+
+@overload
+def value_grad_and_ggn_diag(
+    network: Callable[..., tuple[jax.Array, Aux]],
+    loss: Loss,
+    *,
+    has_aux: Literal[True],
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
+) -> OnePass[tuple[jax.Array, Aux]]: ...
+
+
+def value_grad_and_ggn_diag(
+    network: Network,
     loss: Loss,
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: JacobianMode = "forward_over_reverse",
-) -> OnePass[Tree, ..., Value]:
+) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
     The diagonal is Hutchinson's estimate from products with probes on the parameters,
@@ -250,13 +275,13 @@ def value_grad_and_ggn_diag(
     check_keywords("value_grad_and_ggn_diag", network, ("targets", "key"))
 
     def value_grad_and_diag(
-        params: Tree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
-    ) -> tuple[Value, Tree, Tree]:
+        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
+    ) -> tuple[Any, PyTree, PyTree]:
         point = linearize_network(network, params, inputs, kwargs, has_aux=has_aux, mode=mode)
         batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
         value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def estimate(probe: Tree) -> tuple[Value, Tree, Tree]:
+        def estimate(probe: PyTree) -> tuple[Any, PyTree, PyTree]:
             outputs_tangent = point.jacobian_vp(point.tangents(probe))
             cotangent = batch_loss.hessian_vp(point.outputs, outputs_tangent)
             product = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
@@ -267,14 +292,36 @@ def value_grad_and_ggn_diag(
     return OnePass(network, value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
+@overload
 def value_grad_and_ggn_diag_from_outputs(
-    network: Network[Tree, Value],
+    network: Network,
+    loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+) -> OnePass[jax.Array]: ...
+
+
+@overload
+def value_grad_and_ggn_diag_from_outputs(
+    network: Callable[..., tuple[jax.Array, Aux]],
+    loss: Loss,
+    *,
+    has_aux: Literal[True],
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+) -> OnePass[tuple[jax.Array, Aux]]: ...
+
+
+def value_grad_and_ggn_diag_from_outputs(
+    network: Network,
     loss: Loss,
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-) -> OnePass[Tree, ..., Value]:
+) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and a non-negative diagonal.
 
     The probe is drawn on the outputs and pulled back, with $B B^T = H_\ell$:
@@ -327,15 +374,15 @@ def value_grad_and_ggn_diag_from_outputs(
     check_keywords("value_grad_and_ggn_diag_from_outputs", network, ("targets", "key"))
 
     def value_grad_and_diag(
-        params: Tree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
-    ) -> tuple[Value, Tree, Tree]:
+        params: PyTree, inputs: Any, targets: Any, *, key: jax.Array | int, **kwargs: Any
+    ) -> tuple[Any, PyTree, PyTree]:
         point = linearize_network(
             network, params, inputs, kwargs, has_aux=has_aux, mode="reverse_over_reverse"
         )
         batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
         value, grads = _value_and_grad(point, batch_loss, has_aux)
 
-        def estimate(noise: jax.Array) -> tuple[Value, Tree, Tree]:
+        def estimate(noise: jax.Array) -> tuple[Any, PyTree, PyTree]:
             cotangent = batch_loss.hessian_factor_vp(point.outputs, noise)
             pulled = point.vector_jacobian(cotangent.astype(point.outputs.dtype))
             return value, grads, point.tree.tangent([_square(leaf) for leaf in pulled])
@@ -354,7 +401,7 @@ def _value_and_grad(
 
 
 def _value_and_grad_of(
-    network: Network[PyTree, Any], loss: Loss, has_aux: bool
+    network: Network, loss: Loss, has_aux: bool
 ) -> Callable[..., tuple[Any, PyTree]]:
     """The part of a one-pass function that needs no curvature."""
 

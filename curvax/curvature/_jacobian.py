@@ -1,19 +1,17 @@
 """A network at one point: its outputs, and products with its Jacobian from both sides."""
 
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice
-from curvax._trees import Differentiable, Leaves, PyTree, Tree
+from curvax._trees import Differentiable, Leaves, PyTree
 from curvax.curvature._modes import JacobianMode, check_graph, explained
-from curvax.curvature._one_pass import Value
 from curvax.curvature._products import cast_like
 
-# The first form is for lambdas, whose parameters mypy cannot infer from the second.
-Network = Callable[[Tree, Any], Value] | Callable[Concatenate[Tree, ...], Value]
+Network = Callable[..., Any]
 
 
 def linearized(
@@ -58,7 +56,7 @@ class Linearization(NamedTuple):
 
 
 def linearize_network(
-    network: Network[PyTree, Any],
+    network: Network,
     params: PyTree,
     inputs: Any,
     kwargs: dict[str, Any],

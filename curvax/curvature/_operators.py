@@ -93,7 +93,7 @@ def hessian_operator(
 
 
 def ggn_operator(
-    network: Network[PyTree, Any],
+    network: Network,
     loss: Loss,
     params: PyTree,
     batches: Iterable[Any],
@@ -149,7 +149,7 @@ def ggn_operator(
 
 
 def empirical_fisher_operator(
-    network: Network[PyTree, Any],
+    network: Network,
     loss: Loss,
     params: PyTree,
     batches: Iterable[Any],
@@ -216,7 +216,7 @@ def _hessian_product(loss_fn: Callable[..., Any], *, has_aux: bool, mode: Mode) 
 
 
 def _output_product(
-    network: Network[PyTree, Any], loss: Loss, *, kind: str, has_aux: bool, mode: JacobianMode
+    network: Network, loss: Loss, *, kind: str, has_aux: bool, mode: JacobianMode
 ) -> CompiledProduct:
     take: Any = ggn_vp if kind == "ggn" else functools.partial(fisher_vp, empirical=True)
 

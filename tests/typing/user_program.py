@@ -84,7 +84,7 @@ def choices() -> None:
     curvax.mfac(0.1, window_scaling="full")  # type: ignore[arg-type]
     curvax.mfac(0.1, window_dtype="float16")  # type: ignore[arg-type]
     curvax.mfac(0.1, window_dtype=jnp.bfloat16)
-    curvax.value_grad_and_ggn_diag(network, "mse")  # type: ignore[arg-type]
+    curvax.ggn_vp(network, "mse", {}, {}, jnp.ones(2))  # type: ignore[arg-type]
     curvax.random_probe(0, jnp.ones(2), "gaussian")  # type: ignore[arg-type]
     curvax.inverse_fisher(jnp.ones((2, 3)), scope="layer")  # type: ignore[arg-type]
 
@@ -102,9 +102,8 @@ def one_pass_functions(params: Params, inputs: jax.Array, labels: jax.Array) -> 
     (value, aux), grads, diag = with_aux(params, inputs, labels, key=0)
     assert_type(aux, Params)
     assert_type(diag, Params)
-    without_diag = with_aux.value_and_grad
-    assert_type(without_diag(params, inputs, labels)[1], Params)
-    without_diag(params)  # type: ignore[call-arg]
+    assert_type(with_aux.value_and_grad(params, inputs, labels)[1], Params)
+    with_aux(params, inputs, labels)  # type: ignore[call-arg]
 
     ggn = curvax.value_grad_and_ggn_diag_from_outputs(network, "softmax_cross_entropy")
     value, grads, diag = ggn(params, inputs, labels, key=jax.random.key(0))
@@ -113,6 +112,8 @@ def one_pass_functions(params: Params, inputs: jax.Array, labels: jax.Array) -> 
     ggn_with_aux = curvax.value_grad_and_ggn_diag(
         network_with_aux, curvax.softmax_cross_entropy, has_aux=True
     )
+    curvax.value_grad_and_ggn_diag(lambda p, x: network(p, x), "squared_error")
+    curvax.value_grad_and_ggn_diag(network, "squared_error", has_aux=True)  # type: ignore[call-overload]
     from_state = curvax.from_state(ggn_with_aux)
     state = curvax.adahessian(0.1).init(params)
     (value, size), grads, diag = from_state(params, inputs, labels, state=state)
@@ -133,8 +134,6 @@ def products_and_estimates(params: Params, inputs: jax.Array, labels: jax.Array)
     assert_type(trace.per_leaf, Params)
     assert_type(curvax.random_probe(0, params), Params)
     assert_type(curvax.hvp(lambda x: jnp.sum(x**2), jnp.ones(2), jnp.ones(2)), jax.Array)
-    quartic = curvax.value_grad_and_hvp(lambda x: (x**4).sum())
-    quartic(jnp.ones(2), jnp.ones(2))
 
 
 def train_with_mfac(params: Params) -> Params:
