@@ -52,6 +52,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pyright
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest .venv-wheel build dist site
