@@ -9,7 +9,7 @@ rank, and the module's name more than the sizes of axes; what remains unclear is
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from curvax._checks import check_choice
 
@@ -20,7 +20,7 @@ _FIELDS = {"I": "fan_in", "O": "fan_out", "L": "stacked", "?": "unknown"} | dict
     "DHW", "spatial"
 )
 _LETTERS = "I, O, D, H, W, L and ?"
-_PRESETS = ("auto", "flax", "out_first", "haiku")
+LayoutName = Literal["auto", "flax", "out_first", "haiku"]
 
 
 class KernelLayout(NamedTuple):
@@ -77,9 +77,7 @@ class KernelLayout(NamedTuple):
 
 
 Rule = Callable[[str, Shape], KernelLayout | str | None]
-Layout = (
-    Literal["auto", "flax", "out_first", "haiku"] | Mapping[str, KernelLayout | str | None] | Rule
-)
+Layout = LayoutName | Mapping[str, KernelLayout | str | None] | Rule
 
 
 def check_layout(layout: Layout) -> None:
@@ -92,11 +90,11 @@ def check_layout(layout: Layout) -> None:
                 raise ValueError(
                     f"layout's keys are patterns that re.search takes, got {pattern!r}."
                 ) from None
-            if isinstance(value, str) and value not in _PRESETS:
+            if isinstance(value, str) and value not in get_args(LayoutName):
                 KernelLayout.from_letters(value.removesuffix("..."))
     elif not callable(layout):
         others = ("a mapping of patterns", "a function of path and shape")
-        check_choice("layout", layout, (*_PRESETS, *others))
+        check_choice("layout", layout, (*get_args(LayoutName), *others))
 
 
 def kernel_layout(path: str, shape: Shape, layout: Layout = "auto") -> KernelLayout | None:
@@ -189,7 +187,7 @@ def _is_called_weight(name: str) -> bool:
 
 def _resolved(letters: str, path: str, shape: Shape) -> str:
     """The letters of a preset; a trailing ``...`` stands for a guess."""
-    if letters in _PRESETS:
+    if letters in get_args(LayoutName):
         return _guess(letters, path, shape)
     if not letters.endswith("..."):
         return letters

@@ -7,13 +7,16 @@ metadata box of Linen, adds nothing to its name.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
+Tree = TypeVar("Tree")  # of a result that has the structure of an argument
+DType = np.dtype[Any] | type[Any]
 Path = tuple[Any, ...]
 Leaves = list[jax.Array]
 Select = Callable[[str, Any], bool]  # (path, leaf) -> whether the leaf is chosen

@@ -1,26 +1,26 @@
 """The signed Hessian diagonal with value and gradient, in one pass."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import as_key, check_choice, check_count, check_keywords
 from curvax._trees import Differentiable, PyTree, is_inexact, widen
-from curvax.curvature._one_pass import OnePass
+from curvax.curvature._one_pass import OnePass, Value
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import Mode, loss_of_leaves, value_grad_and_hvp
 
 
 def value_grad_and_hessian_diag(
-    fun: Callable[..., Any],
+    fun: Callable[..., Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> OnePass:
+) -> OnePass[Value]:
     r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
 
     The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
@@ -70,7 +70,7 @@ def value_grad_and_hessian_diag(
       Learning](https://arxiv.org/abs/2006.00719), 2020, Eq. 9.
     """
     check_count("num_probes", num_probes)
-    check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("distribution", distribution, get_args(Distribution))
     check_keywords("value_grad_and_hessian_diag", fun, ("key",))
     one_pass = value_grad_and_hvp(fun, has_aux=has_aux, mode=mode)
 
@@ -96,15 +96,15 @@ def value_grad_and_hessian_diag(
 def mean_over_probes(
     sample: Callable[[PyTree], tuple[Any, PyTree, PyTree]],
     key: jax.Array | int,
-    params: PyTree,
+    like: PyTree,
     num_probes: int,
     distribution: Distribution,
 ) -> tuple[Any, PyTree, PyTree]:
-    """Value, gradient and the mean of the estimates of ``num_probes`` vectorized probes."""
+    """Value, gradient and the mean of the estimates of vectorized probes like ``like``."""
     key = as_key(key)
 
     def from_probe(index: int | jax.Array) -> tuple[Any, PyTree, PyTree]:
-        return sample(random_probe(jax.random.fold_in(key, index), params, distribution))
+        return sample(random_probe(jax.random.fold_in(key, index), like, distribution))
 
     if num_probes == 1:
         return from_probe(0)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from curvax._checks import check_keywords
 from curvax._trees import PyTree
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
+from curvax.curvature._one_pass import OnePassFromState, Value
 from curvax.curvature._probes import Distribution
 from curvax.curvature._products import Mode
 from curvax.curvature._refresh import decide, find_refresh_state, step_key
 
 
 def from_state(
-    one_pass: Callable[..., tuple[Any, PyTree, PyTree]],
-) -> Callable[..., tuple[Any, PyTree, PyTree | None]]:
+    one_pass: Callable[..., tuple[Value, PyTree, PyTree]],
+) -> OnePassFromState[Value]:
     r"""Makes a one-pass function read its key and the refresh interval from the state.
 
     The optimizer's state holds its step, whether that step needs curvature and which key to draw
@@ -69,12 +70,8 @@ def from_state(
     value_and_grad = getattr(one_pass, "value_and_grad", None)
 
     def value_grad_and_diag(
-        params: PyTree,
-        *args: Any,
-        state: Any,
-        refresh: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, PyTree, PyTree | None]:
+        params: PyTree, *args: Any, state: Any, refresh: bool | None = None, **kwargs: Any
+    ) -> Any:
         found = find_refresh_state(state)
         due = decide(refresh, found)
 
@@ -99,13 +96,13 @@ def from_state(
 
 
 def value_grad_and_hessian_diag_from_state(
-    fun: Callable[..., Any],
+    fun: Callable[..., Value],
     *,
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
-) -> Callable[..., tuple[Any, PyTree, PyTree | None]]:
+) -> OnePassFromState[Value]:
     r"""`curvax.value_grad_and_hessian_diag` with key and interval from the optimizer's state.
 
     Short for ``curvax.from_state(curvax.value_grad_and_hessian_diag(fun, ...))``; see

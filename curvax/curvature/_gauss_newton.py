@@ -9,27 +9,28 @@ and stored values.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_count, check_keywords, check_like
-from curvax._trees import PyTree
+from curvax._trees import PyTree, Tree
 from curvax.curvature._batch_loss import BatchLoss
 from curvax.curvature._diagonal import mean_over_probes
 from curvax.curvature._jacobian import Linearization, Network, linearize_network
-from curvax.curvature._losses import LOSSES, OutputLoss, convex_loss
-from curvax.curvature._modes import MODES, JacobianMode
+from curvax.curvature._losses import LOSSES, LossName, OutputLoss, convex_loss
+from curvax.curvature._modes import JacobianMode
 from curvax.curvature._one_pass import OnePass
 from curvax.curvature._probes import Distribution, times_probe
 
-Loss = str | OutputLoss | Callable[[jax.Array, Any], jax.Array]
+Aux = TypeVar("Aux")
+Loss = LossName | OutputLoss | Callable[[jax.Array, Any], jax.Array]
 
 
 def _output_loss(loss: Loss) -> OutputLoss:
     if isinstance(loss, str):
-        check_choice("loss", loss, tuple(LOSSES))
+        check_choice("loss", loss, get_args(LossName))
         return LOSSES[loss]
     if isinstance(loss, OutputLoss):
         return loss
@@ -39,15 +40,15 @@ def _output_loss(loss: Loss) -> OutputLoss:
 def ggn_vp(
     network: Network,
     loss: Loss,
-    params: PyTree,
-    tangent: PyTree,
+    params: Tree,
+    tangent: Tree,
     inputs: Any,
     targets: Any = None,
     *,
     has_aux: bool = False,
     mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
-) -> PyTree:
+) -> Tree:
     r"""The product of the generalized Gauss-Newton matrix with a vector.
 
     $$
@@ -103,8 +104,8 @@ def ggn_vp(
 def fisher_vp(
     network: Network,
     loss: Loss,
-    params: PyTree,
-    tangent: PyTree,
+    params: Tree,
+    tangent: Tree,
     inputs: Any,
     targets: Any = None,
     *,
@@ -112,7 +113,7 @@ def fisher_vp(
     has_aux: bool = False,
     mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
-) -> PyTree:
+) -> Tree:
     r"""The product of the Fisher matrix, or of the empirical one, with a vector.
 
     The Fisher matrix takes the expectation over the model's own labels, the empirical one
@@ -182,17 +183,41 @@ def fisher_vp(
 def _outer_product_vp(
     point: Linearization,
     loss: Loss,
-    params: PyTree,
-    tangent: PyTree,
+    params: Tree,
+    tangent: Tree,
     targets: Any,
     output_product: Callable[[BatchLoss, jax.Array, jax.Array], jax.Array],
-) -> PyTree:
+) -> Tree:
     """``Jᵀ M J t`` with ``M`` the given product in the space of outputs."""
     check_like("tangent", tangent, params)
     batch_loss = BatchLoss.of(_output_loss(loss), point.outputs, targets)
     outputs_tangent = point.jacobian_vp(point.tangents(tangent))
     product = output_product(batch_loss, point.outputs, outputs_tangent)
     return point.tree.tangent(point.vector_jacobian(product.astype(point.outputs.dtype)))
+
+
+@overload
+def value_grad_and_ggn_diag(
+    network: Network,
+    loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
+) -> OnePass[jax.Array]: ...
+
+
+@overload
+def value_grad_and_ggn_diag(
+    network: Callable[..., tuple[jax.Array, Aux]],
+    loss: Loss,
+    *,
+    has_aux: Literal[True],
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: JacobianMode = "forward_over_reverse",
+) -> OnePass[tuple[jax.Array, Aux]]: ...
 
 
 def value_grad_and_ggn_diag(
@@ -203,7 +228,7 @@ def value_grad_and_ggn_diag(
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
     mode: JacobianMode = "forward_over_reverse",
-) -> OnePass:
+) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
     The diagonal is Hutchinson's estimate from products with probes on the parameters,
@@ -245,7 +270,7 @@ def value_grad_and_ggn_diag(
       (0.5, Array([0.5, 0.5], dtype=float32))
     """
     check_count("num_probes", num_probes)
-    check_choice("mode", mode, MODES[:2])
+    check_choice("mode", mode, get_args(JacobianMode))
     check_keywords("value_grad_and_ggn_diag", network, ("targets", "key"))
 
     def value_grad_and_diag(
@@ -266,6 +291,28 @@ def value_grad_and_ggn_diag(
     return OnePass(network, value_grad_and_diag, _value_and_grad_of(network, loss, has_aux))
 
 
+@overload
+def value_grad_and_ggn_diag_from_outputs(
+    network: Network,
+    loss: Loss,
+    *,
+    has_aux: Literal[False] = False,
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+) -> OnePass[jax.Array]: ...
+
+
+@overload
+def value_grad_and_ggn_diag_from_outputs(
+    network: Callable[..., tuple[jax.Array, Aux]],
+    loss: Loss,
+    *,
+    has_aux: Literal[True],
+    num_probes: int = 1,
+    distribution: Distribution = "rademacher",
+) -> OnePass[tuple[jax.Array, Aux]]: ...
+
+
 def value_grad_and_ggn_diag_from_outputs(
     network: Network,
     loss: Loss,
@@ -273,7 +320,7 @@ def value_grad_and_ggn_diag_from_outputs(
     has_aux: bool = False,
     num_probes: int = 1,
     distribution: Distribution = "rademacher",
-) -> OnePass:
+) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and a non-negative diagonal.
 
     The probe is drawn on the outputs and pulled back, with $B B^T = H_\ell$:

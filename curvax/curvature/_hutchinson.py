@@ -12,23 +12,23 @@ only running sums are kept. All of it is compiled once for a loss.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import as_key, check_choice, check_count, check_keywords, warn_of_batch_stats
-from curvax._trees import Differentiable, PyTree, is_inexact, widen
+from curvax._trees import Differentiable, PyTree, Tree, is_inexact, widen
 from curvax.curvature._compiled import Static, compiled_once
-from curvax.curvature._modes import MODES, Mode
+from curvax.curvature._modes import Mode
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import linearized_hvp
 
 Method = Literal["hutchinson", "exact"]
 
 
-class DiagEstimate(NamedTuple):
+class DiagEstimate(NamedTuple, Generic[Tree]):
     """An estimate of a Hessian's diagonal.
 
     Attributes:
@@ -37,11 +37,11 @@ class DiagEstimate(NamedTuple):
         probe, and 0 where the value is exact.
     """
 
-    value: PyTree
-    standard_error: PyTree
+    value: Tree
+    standard_error: Tree
 
 
-class TraceEstimate(NamedTuple):
+class TraceEstimate(NamedTuple, Generic[Tree]):
     """An estimate of a Hessian's or operator's trace, whole and leaf by leaf.
 
     Attributes:
@@ -58,8 +58,8 @@ class TraceEstimate(NamedTuple):
 
     value: jax.Array | float
     standard_error: jax.Array | float
-    per_leaf: PyTree
-    per_leaf_standard_error: PyTree
+    per_leaf: Tree
+    per_leaf_standard_error: Tree
     samples: jax.Array | np.ndarray
     num_matvecs: int
 
@@ -116,7 +116,7 @@ class _Moments(NamedTuple):
 
 def hessian_diag(
     fun: Callable[..., Any],
-    params: PyTree,
+    params: Tree,
     *args: Any,
     key: jax.Array | int | None = None,
     num_probes: int = 32,
@@ -126,7 +126,7 @@ def hessian_diag(
     has_aux: bool = False,
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
-) -> DiagEstimate:
+) -> DiagEstimate[Tree]:
     r"""Estimates the diagonal of a loss's Hessian, with its standard error.
 
     $$
@@ -186,7 +186,7 @@ def hessian_diag(
 
 def hessian_trace(
     fun: Callable[..., Any],
-    params: PyTree,
+    params: Tree,
     *args: Any,
     key: jax.Array | int | None = None,
     num_probes: int = 32,
@@ -196,7 +196,7 @@ def hessian_trace(
     has_aux: bool = False,
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
-) -> TraceEstimate:
+) -> TraceEstimate[Tree]:
     r"""Estimates the trace of a loss's Hessian, whole and leaf by leaf.
 
     $$
@@ -261,8 +261,8 @@ def _estimate(
     options: _Options,
 ) -> Any:
     """Checks the options, and calls the estimator that is compiled for ``fun``."""
-    check_choice("method", options.method, ("hutchinson", "exact"))
-    check_choice("mode", options.mode, MODES)
+    check_choice("method", options.method, get_args(Method))
+    check_choice("mode", options.mode, get_args(Mode))
     check_count("num_probes", options.num_probes)
     check_count("probe_batch_size", options.probe_batch_size)
     check_keywords(name, fun, ("key", *_Options._fields))
@@ -288,8 +288,8 @@ def _compiled(fun: Callable[..., Any], *, estimator: Callable[..., Any]) -> Call
 
 
 def _diag(
-    product: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, options: _Options
-) -> DiagEstimate:
+    product: Callable[[Tree], Tree], params: Tree, key: jax.Array, options: _Options
+) -> DiagEstimate[Tree]:
     if options.method == "exact":
         value = _exact_diag(product, params, options.probe_batch_size)
         return DiagEstimate(value, jax.tree.map(jnp.zeros_like, value))
@@ -304,8 +304,8 @@ def _diag(
 
 
 def _trace(
-    product: Callable[[PyTree], PyTree], params: PyTree, key: jax.Array, options: _Options
-) -> TraceEstimate:
+    product: Callable[[Tree], Tree], params: Tree, key: jax.Array, options: _Options
+) -> TraceEstimate[Tree]:
     if options.method == "exact":
         diag = _exact_diag(product, params, options.probe_batch_size)
         per_leaf = jax.tree.map(lambda d: jnp.sum(_wide_real(d)), diag)
@@ -355,7 +355,7 @@ def _sample_moments(
     return moments, kept
 
 
-def _exact_diag(product: Callable[[PyTree], PyTree], params: PyTree, batch_size: int) -> PyTree:
+def _exact_diag(product: Callable[[Tree], Tree], params: Tree, batch_size: int) -> Tree:
     """One product for each real coordinate, ``batch_size`` of them vectorized."""
     tree = Differentiable.of(params)
 

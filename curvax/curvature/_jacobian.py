@@ -1,14 +1,14 @@
 """A network at one point: its outputs, and products with its Jacobian from both sides."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice
 from curvax._trees import Differentiable, Leaves, PyTree
-from curvax.curvature._modes import MODES, JacobianMode, check_graph, explained
+from curvax.curvature._modes import JacobianMode, check_graph, explained
 from curvax.curvature._products import cast_like
 
 Network = Callable[..., Any]
@@ -21,7 +21,7 @@ def linearized(
 
     In reverse mode $J t$ is the transpose of $u \mapsto J^T u$: its own vector-Jacobian product.
     """
-    check_choice("mode", mode, MODES[:2])
+    check_choice("mode", mode, get_args(JacobianMode))
     with explained(mode, finite_differences=False):
         if mode == "forward_over_reverse":
             outputs, pushforward, aux = jax.linearize(fun, point, has_aux=True)

@@ -9,10 +9,12 @@ Hessians of the two named losses, and a factor $B$ of each, are analytic:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+LossName = Literal["softmax_cross_entropy", "squared_error"]
 
 
 class OutputLoss(NamedTuple):
@@ -127,4 +129,7 @@ softmax_cross_entropy = OutputLoss(
 squared_error = OutputLoss(_half_squared_error, _identity, _identity, is_likelihood=True)
 r"""Half the squared error, $\frac12 \|f_n - y_n\|^2$, with targets of the outputs' shape."""
 
-LOSSES = {"softmax_cross_entropy": softmax_cross_entropy, "squared_error": squared_error}
+LOSSES: dict[LossName, OutputLoss] = {
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "squared_error": squared_error,
+}

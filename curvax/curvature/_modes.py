@@ -14,11 +14,6 @@ from curvax.curvature._compiled import Static
 Mode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_differences"]
 JacobianMode = Literal["forward_over_reverse", "reverse_over_reverse"]
 
-MODES: tuple[Mode, ...] = (
-    "forward_over_reverse",
-    "reverse_over_reverse",
-    "finite_differences",
-)
 # What JAX says of an operation without the rule that a derivative of its gradient needs.
 _NO_RULE = re.compile(
     "forward-mode (auto)?diff|Differentiation rule for|do not support JVP|Transpose rule"

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvax._checks import as_key, check_count, check_like, check_range
-from curvax._trees import PyTree, named_leaves, tree_dot, tree_norm, widen
+from curvax._trees import PyTree, Tree, named_leaves, tree_dot, tree_norm, widen
 from curvax.curvature._probes import Distribution, random_probe
+
+if TYPE_CHECKING:
+    from lineax import FunctionLinearOperator
+    from scipy.sparse.linalg import LinearOperator
 
 
 class ById:
@@ -83,7 +87,7 @@ class Operator:
         """The number of rows of $A$."""
         return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(self.like))
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+    def tree_flatten(self) -> tuple[tuple[object, object], object]:
         """The operator as a tree: ``like``, and the product where it has arrays."""
         if jax.tree_util.all_leaves([self._product]):
             return (self.like, None), (ById(self._product), ById(self._products))
@@ -100,12 +104,12 @@ class Operator:
             operator._product, operator._products = (one.value for one in functions)
         return operator
 
-    def __call__(self, vector: PyTree) -> PyTree:
+    def __call__(self, vector: Tree) -> Tree:
         """$A v$, in float32 or wider."""
         check_like("the vector", vector, self.like, "operator.like")
         return self._cast(self._product(self._cast(vector)))
 
-    def products(self, vectors: Sequence[PyTree]) -> list[PyTree]:
+    def products(self, vectors: Sequence[Tree]) -> list[Tree]:
         """$A v$ for several vectors, together where the operator can."""
         if len(vectors) == 1 or self._products is None:
             return [self(vector) for vector in vectors]
@@ -114,7 +118,7 @@ class Operator:
         images = self._products([self._cast(vector) for vector in vectors])
         return [self._cast(image) for image in images]
 
-    def _cast(self, vector: PyTree) -> PyTree:
+    def _cast(self, vector: Tree) -> Tree:
         return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), vector, self.like)
 
     def random_vector(self, key: jax.Array | int, distribution: Distribution = "normal") -> PyTree:
@@ -128,7 +132,7 @@ class Operator:
         _, unravel = ravel_pytree(self.like)
         return lambda vector: ravel_pytree(self(unravel(vector)))[0]
 
-    def to_scipy(self) -> Any:
+    def to_scipy(self) -> "LinearOperator":
         """``scipy.sparse.linalg.LinearOperator`` on flat vectors of NumPy; needs SciPy."""
         from scipy.sparse.linalg import LinearOperator
 
@@ -141,7 +145,7 @@ class Operator:
         shape, dtype = (self.size, self.size), np.dtype(flat.dtype)
         return LinearOperator(shape=shape, dtype=dtype, matvec=matvec, rmatvec=matvec)
 
-    def to_lineax(self) -> Any:
+    def to_lineax(self) -> "FunctionLinearOperator":
         """``lineax.FunctionLinearOperator`` on trees, tagged symmetric; needs lineax.
 
         Under lineax the product is traced, so the batches of a data set are unrolled.

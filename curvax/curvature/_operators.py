@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 from curvax._checks import check_choice, scalar_loss
 from curvax._trees import Differentiable, Leaves, PyTree, Select
@@ -10,7 +10,7 @@ from curvax.curvature._batch_mean import BatchWeight, CompiledProduct, over_batc
 from curvax.curvature._compiled import compiled_once
 from curvax.curvature._gauss_newton import Loss, fisher_vp, ggn_vp
 from curvax.curvature._jacobian import Network
-from curvax.curvature._modes import MODES, JacobianMode, Mode
+from curvax.curvature._modes import JacobianMode, Mode
 from curvax.curvature._operator import Operator
 from curvax.curvature._products import hvp
 
@@ -77,7 +77,7 @@ def hessian_operator(
       >>> print(3 * operator(jnp.ones(2)))
       [1. 8.]
     """
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, get_args(Mode))
     if mode == "finite_differences":
         if linearize:
             raise ValueError('linearize=True has nothing to keep with mode="finite_differences".')

@@ -6,13 +6,14 @@ that share a key share a probe, and the product of their off-diagonal Hessian bl
 counted as diagonal.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import as_key, check_choice
-from curvax._trees import PyTree, is_inexact
+from curvax._trees import PyTree, Tree, is_inexact
 
 Distribution = Literal["rademacher", "normal"]
 
@@ -25,12 +26,15 @@ def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: 
     return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
 
 
-_SAMPLERS = {"rademacher": _signs, "normal": jax.random.normal}
+_SAMPLERS: dict[Distribution, Callable[..., jax.Array]] = {
+    "rademacher": _signs,
+    "normal": jax.random.normal,
+}
 
 
 def random_probe(
-    key: jax.Array | int, params: PyTree, distribution: Distribution = "rademacher"
-) -> PyTree:
+    key: jax.Array | int, params: Tree, distribution: Distribution = "rademacher"
+) -> Tree:
     r"""Draws a tree of independent random entries with mean zero and variance one.
 
     Rademacher entries are $\pm 1$ with equal probability; they give the diagonal and
@@ -58,7 +62,7 @@ def random_probe(
       >>> probe["bias"].dtype, bool(jnp.all(jnp.abs(probe["kernel"]) == 1))
       (dtype(bfloat16), True)
     """
-    check_choice("distribution", distribution, tuple(_SAMPLERS))
+    check_choice("distribution", distribution, get_args(Distribution))
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params

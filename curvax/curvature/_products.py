@@ -15,30 +15,31 @@ leaves of ``params`` are held constant: their gradients and products are zeros.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, get_args
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_keywords, check_like, scalar_loss
-from curvax._trees import Differentiable, Leaves, PyTree, tree_norm, widen
-from curvax.curvature._modes import MODES, Mode, check_graph, explained, through_graph
+from curvax._trees import Differentiable, Leaves, Tree, tree_norm, widen
+from curvax.curvature._modes import Mode, check_graph, explained, through_graph
+from curvax.curvature._one_pass import P, Value
 
 __all__ = ["Mode", "hvp", "linearized_hvp", "value_grad_and_hvp"]
 
 # (loss of leaves, leaves, tangents) -> value, aux, gradient leaves, product leaves
-OnePass = Callable[
+_OnePass = Callable[
     [Callable[[Leaves], tuple[jax.Array, Any]], Leaves, Leaves],
     tuple[jax.Array, Any, Leaves, Leaves],
 ]
 
 
 def value_grad_and_hvp(
-    fun: Callable[..., Any],
+    fun: Callable[Concatenate[Tree, P], Value],
     *,
     has_aux: bool = False,
     mode: Mode = "forward_over_reverse",
-) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+) -> Callable[Concatenate[Tree, Tree, P], tuple[Value, Tree, Tree]]:
     r"""Makes a function that returns a loss, its gradient and a Hessian-vector product.
 
     $$
@@ -85,38 +86,35 @@ def value_grad_and_hvp(
       Pearlmutter, [Fast exact multiplication by the
       Hessian](https://doi.org/10.1162/neco.1994.6.1.147), 1994.
     """
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, get_args(Mode))
     check_keywords("value_grad_and_hvp", fun, ("tangent",))
-    one_pass = _ONE_PASS[mode]
+    take = _ONE_PASS[mode]
 
     def value_grad_and_product(
-        params: PyTree, tangent: PyTree, *args: Any, **kwargs: Any
-    ) -> tuple[Any, PyTree, PyTree]:
+        params: Tree, tangent: Tree, /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Value, Tree, Tree]:
         check_like("tangent", tangent, params)
         tree = Differentiable.of(params)
         leaves = tree.select(tree.leaves)
         tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
         loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
         with explained(mode):
-            value, aux, grads, product = one_pass(loss, leaves, tangents)
-        return (
-            (value, aux) if has_aux else value,
-            tree.tangent(grads),
-            tree.tangent(product),
-        )
+            value, aux, grads, product = take(loss, leaves, tangents)
+        output: Any = (value, aux) if has_aux else value
+        return output, tree.tangent(grads), tree.tangent(product)
 
     return value_grad_and_product
 
 
 def hvp(
     fun: Callable[..., Any],
-    params: PyTree,
-    tangent: PyTree,
+    params: Tree,
+    tangent: Tree,
     *args: Any,
     has_aux: bool = False,
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
-) -> PyTree:
+) -> Tree:
     r"""The product of a loss's Hessian with a vector, $\nabla^2 f(\theta)\, t$.
 
     Args:
@@ -148,12 +146,12 @@ def hvp(
 
 def linearized_hvp(
     fun: Callable[..., Any],
-    params: PyTree,
+    params: Tree,
     *args: Any,
     has_aux: bool = False,
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
-) -> Callable[[PyTree], PyTree]:
+) -> Callable[[Tree], Tree]:
     r"""Linearizes the gradient once, for many products at one point.
 
     The function returned evaluates $t \mapsto \nabla^2 f(\theta)\, t$ from the stored
@@ -182,7 +180,7 @@ def linearized_hvp(
       Array([[ 6.,  0.],
              [ 0., 12.]], dtype=float32)
     """
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, get_args(Mode))
     check_keywords("linearized_hvp", fun, _RESERVED)
     tree = Differentiable.of(params)
     loss = loss_of_leaves(fun, tree, args, kwargs, has_aux=has_aux)
@@ -198,7 +196,7 @@ def linearized_hvp(
         elif mode == "reverse_over_reverse":
             pullback = jax.vjp(gradient, leaves)[1]
 
-    def product(tangent: PyTree) -> PyTree:
+    def product(tangent: Tree) -> Tree:
         check_like("tangent", tangent, params)
         tangents = cast_like(tree.select(jax.tree.leaves(tangent)), leaves)
         if mode == "forward_over_reverse":
@@ -288,7 +286,7 @@ def _difference_step(leaves: Leaves, tangents: Leaves) -> jax.Array:
 
 
 _RESERVED = ("tangent", "has_aux", "mode")
-_ONE_PASS: dict[str, OnePass] = {
+_ONE_PASS: dict[Mode, _OnePass] = {
     "forward_over_reverse": _forward_over_reverse,
     "reverse_over_reverse": _reverse_over_reverse,
     "finite_differences": _finite_differences,

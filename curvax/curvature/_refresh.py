@@ -1,10 +1,11 @@
 """When curvature is refreshed: the rule, and what an optimizer's state says about its next step."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from curvax._checks import check_choice, check_count, check_index, is_traced
 from curvax._find import find_node
@@ -30,7 +31,19 @@ class RefreshState(Protocol):
         """PRNG key; step ``t`` draws its probes from ``fold_in(key, t)``."""
 
 
-def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> Any:
+@overload
+def refresh_due(  # type: ignore[overload-overlap]  # integers are ArrayLike, too
+    step: int | np.integer, update_interval: int | np.integer, refresh_warmup: int | np.integer = 0
+) -> bool: ...
+
+
+@overload
+def refresh_due(
+    step: ArrayLike, update_interval: ArrayLike, refresh_warmup: ArrayLike = 0
+) -> jax.Array: ...
+
+
+def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> bool | jax.Array:
     r"""Whether a step refreshes the curvature.
 
     The first ``refresh_warmup`` steps do, and then every ``update_interval``-th: step $t$ with

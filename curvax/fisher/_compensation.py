@@ -26,7 +26,7 @@ from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher._column_blocks import ColumnBlocks
 from curvax.fisher._columns import Columns
 from curvax.fisher._full_inverse import FullInverse
-from curvax.fisher._static import spans, working_dtype
+from curvax.fisher._static import BlockScope, spans, working_dtype
 
 
 def compensation(
@@ -36,7 +36,7 @@ def compensation(
     damping: float,
     *,
     block_size: int | None,
-    block_scope: str,
+    block_scope: BlockScope,
     mesh: jax.sharding.Mesh | None,
     workspace_bytes: int = 2**28,
 ) -> list[jax.Array]:

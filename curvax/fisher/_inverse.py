@@ -55,7 +55,6 @@ class _Attempt(NamedTuple):
     accurate: jax.Array
 
 
-@jax.jit
 def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
     r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with more damping if needed.
 
@@ -84,6 +83,11 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
       >>> print(2 * grads.T @ x)  # F^-1 of the second, F = 0.5 I + G^T G / 2
       [0.    0.667 0.667]
     """
+    return _solve(gram, shift, rhs)
+
+
+@jax.jit
+def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
     diagonal = jnp.diagonal(gram) + shift
     scale = jax.lax.rsqrt(diagonal)
     length = jnp.max(jnp.abs(scale * rhs))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree
+from curvax._trees import PyTree, Tree
 from curvax.fisher._blocks import Blocks
 from curvax.fisher._window import (
     insert_row,
@@ -65,7 +65,7 @@ class SparseWindow(NamedTuple):
             jax.tree.map(lambda leaf: zeros(leaf, jnp.int16), params),
         )
 
-    def compress(self, grads: PyTree) -> tuple[SparseRow, PyTree]:
+    def compress(self, grads: Tree) -> tuple[SparseRow, Tree]:
         leaves, treedef = jax.tree.flatten(grads)
         parts = [
             _largest(leaf, rows) if len(rows) else _empty_row(leaf, rows)
@@ -89,7 +89,7 @@ class SparseWindow(NamedTuple):
         blocks = [Blocks.of(leaf.shape).split(leaf).astype(dtype) for leaf in leaves]
         return _dots(self._pairs(), blocks)
 
-    def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
+    def combine(self, weights: jax.Array, like: Tree) -> Tree:
         leaves, treedef = jax.tree.flatten(like)
         chosen = [leaf for leaf in leaves if takes_part(leaf)]
         zeros = [

@@ -2,19 +2,20 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, check_like, check_range
-from curvax._trees import PyTree, path_name
+from curvax._trees import DType, PyTree, Tree, path_name
 from curvax.fisher._block_inverse import BlockInverse
 from curvax.fisher._columns import Columns
 from curvax.fisher._full_inverse import FullInverse
 
-BLOCK_SCOPES = ("tree", "leaf")
+BlockScope = Literal["tree", "leaf"]
+WorkingDtype = Literal["float32", "float64"]
 
 
 class _Group(NamedTuple):
@@ -45,7 +46,7 @@ class InverseFisher:
             self.num_grads = groups[0].inverse.num_rows
         self.num_failed = sum(int(jnp.sum(group.inverse.failed)) for group in groups)
 
-    def solve(self, vector: PyTree) -> PyTree:
+    def solve(self, vector: Tree) -> Tree:
         r"""$F^{-1} v$.
 
         With fewer gradients than entries, the rounding error of $v$ outside their span is
@@ -116,9 +117,9 @@ def inverse_fisher(
     damping: float = 1e-5,
     *,
     block_size: int | None = None,
-    block_scope: str = "tree",
+    block_scope: BlockScope = "tree",
     mesh: jax.sharding.Mesh | None = None,
-    dtype: Any | None = None,
+    dtype: WorkingDtype | DType | None = None,
     workspace_bytes: int = 2**28,
 ) -> InverseFisher:
     r"""The inverse of the empirical Fisher matrix of given gradients: M-FAC's static algorithm.
@@ -184,7 +185,7 @@ def inverse_fisher(
     """
     check_range("damping", damping, low=0.0, open_low=True, open_high=True)
     damping = float(damping)
-    check_choice("block_scope", block_scope, BLOCK_SCOPES)
+    check_choice("block_scope", block_scope, get_args(BlockScope))
     check_count("workspace_bytes", workspace_bytes)
     if block_size is not None:
         check_count("block_size", block_size)
@@ -217,7 +218,7 @@ def inverse_fisher(
     return InverseFisher(example, groups)
 
 
-def spans(leaves: list[Any], block_scope: str) -> list[tuple[int, int]]:
+def spans(leaves: list[Any], block_scope: BlockScope) -> list[tuple[int, int]]:
     """The ranges of leaves that are inverted together."""
     # Leaves without entries join the next one.
     filled = [index for index, leaf in enumerate(leaves) if leaf.size]
@@ -247,7 +248,7 @@ def _invert(
 
 
 def _first_chunk(
-    chunks: Iterator[PyTree], block_size: int | None, block_scope: str
+    chunks: Iterator[PyTree], block_size: int | None, block_scope: BlockScope
 ) -> tuple[PyTree, Iterator[PyTree]]:
     if block_size is None or block_scope != "tree":
         raise ValueError(
@@ -309,7 +310,7 @@ def _rows_not_finite(leaf: Any) -> list[int]:
 def working_dtype(leaves: list[Any], dtype: Any | None) -> Any:
     """The dtype of a computation: the one asked for, or the widest, at least float32."""
     wanted = jnp.result_type(jnp.float32, *leaves) if dtype is None else jnp.dtype(dtype)
-    check_choice("dtype", wanted.name, ("float32", "float64"))
+    check_choice("dtype", wanted.name, get_args(WorkingDtype))
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         if dtype is None:
             return jnp.dtype(jnp.float32)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree, is_inexact, wide_dtype
+from curvax._trees import PyTree, Tree, is_inexact, wide_dtype
 from curvax.fisher._cholesky import HIGHEST
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
@@ -29,7 +29,7 @@ _NARROW = 256  # rows; a flat leaf of no more is also summed as a whole
 class Window(Protocol):
     """What M-FAC needs from the rows it keeps."""
 
-    def compress(self, grads: PyTree) -> tuple[Any, PyTree]:
+    def compress(self, grads: Tree) -> tuple[object, Tree]:
         """The row that represents ``grads``, as `push` takes it and as a tree like params."""
 
     def push(self, row: Any, slot: jax.Array) -> Self:
@@ -38,7 +38,7 @@ class Window(Protocol):
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         """$G v$, of shape (m,), summed in ``dtype``."""
 
-    def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
+    def combine(self, weights: jax.Array, like: Tree) -> Tree:
         """$G^T x$, a tree shaped like ``like`` in the dtype of ``weights``."""
 
 
@@ -61,7 +61,7 @@ class DenseWindow(NamedTuple):
 
         return cls(jax.tree.map(rows, params))
 
-    def compress(self, grads: PyTree) -> tuple[PyTree, PyTree]:
+    def compress(self, grads: Tree) -> tuple[Tree, Tree]:
         def rounded(grad: jax.Array, rows: jax.Array) -> jax.Array:
             return round_to(grad, rows.dtype) if len(rows) else jnp.zeros_like(grad)
 
@@ -76,7 +76,7 @@ class DenseWindow(NamedTuple):
         sums = [leaf_dots(rows, leaf).astype(dtype) for rows, leaf in pairs if rows.size]
         return pairwise_sum(jnp.concatenate(sums, axis=1)) if sums else jnp.zeros((), dtype)
 
-    def combine(self, weights: jax.Array, like: PyTree) -> PyTree:
+    def combine(self, weights: jax.Array, like: Tree) -> Tree:
         return jax.tree.map(lambda rows, leaf: leaf_combine(rows, weights, leaf), self.rows, like)
 
 

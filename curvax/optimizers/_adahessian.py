@@ -46,7 +46,7 @@ from curvax.curvature._refresh import (
     refresh_due,
     step_key,
 )
-from curvax.optimizers._averaging import Rule, average_curvature, check_averaging
+from curvax.optimizers._averaging import Averaging, Rule, average_curvature, check_averaging
 from curvax.optimizers._curvature_input import curvature_of_function, given_diag
 from curvax.optimizers._moments import (
     average_gradient,
@@ -94,7 +94,7 @@ def scale_by_adahessian(
     eps: Scalar = 1e-4,
     hessian_power: Scalar = 1.0,
     *,
-    averaging: str | Rule = "conv",
+    averaging: Averaging | Rule = "conv",
     layout: Layout = "auto",
     update_interval: Scalar = 1,
     refresh_warmup: Scalar = 0,
@@ -159,7 +159,7 @@ def scale_by_adahessian(
     check_averaging(averaging, layout)
     check_refresh_rule(update_interval, refresh_warmup)
     check_count("num_probes", num_probes)
-    check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("distribution", distribution, get_args(Distribution))
     check_choice("mode", mode, get_args(Mode))
     as_key(key)
     if clip_threshold is not None:
@@ -256,7 +256,7 @@ def adahessian(
     eps: Scalar = 1e-4,
     hessian_power: Scalar = 1.0,
     *,
-    averaging: str | Rule = "conv",
+    averaging: Averaging | Rule = "conv",
     layout: Layout = "auto",
     update_interval: Scalar = 1,
     refresh_warmup: Scalar = 0,
@@ -392,7 +392,9 @@ def adahessian(
     )
 
 
-def _squared_curvature(averaging: str | Rule, layout: Layout, diag: PyTree, nu: PyTree) -> PyTree:
+def _squared_curvature(
+    averaging: Averaging | Rule, layout: Layout, diag: PyTree, nu: PyTree
+) -> PyTree:
     """$D^2$ of Algorithm 1, in the dtypes of ``nu``."""
     diag = jax.tree.map(lambda d, v: jnp.asarray(d, v.dtype), diag, nu)
     averaged = average_curvature(averaging, diag, layout)

@@ -7,7 +7,7 @@ of one axis. No rule crosses axes, so a sharded kernel is never gathered.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Block(NamedTuple):
     axis: int = 0
 
 
+Averaging = Literal["conv", "row", "block", "none", "paper"]
 Rule = Callable[[str, tuple[int, ...]], Axes | Block]
 
 
@@ -60,7 +61,7 @@ def _is_matrix(layout: KernelLayout) -> bool:
     return plain and len(layout.fan_in) == len(layout.fan_out) == 1
 
 
-PRESETS: dict[str, Callable[[KernelLayout], Axes | Block]] = {
+PRESETS: dict[Averaging, Callable[[KernelLayout], Axes | Block]] = {
     "conv": _conv_axes,
     "row": _row_axes,
     "block": _block_axes,
@@ -69,14 +70,14 @@ PRESETS: dict[str, Callable[[KernelLayout], Axes | Block]] = {
 }
 
 
-def check_averaging(averaging: str | Rule, layout: Layout = "auto") -> None:
+def check_averaging(averaging: Averaging | Rule, layout: Layout = "auto") -> None:
     """Raises unless ``averaging`` is a preset or a callable, and ``layout`` a layout."""
     if not callable(averaging):
-        check_choice("averaging", averaging, (*PRESETS, "a function of path and shape"))
+        check_choice("averaging", averaging, (*get_args(Averaging), "a function of path and shape"))
     check_layout(layout)
 
 
-def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto") -> Any:
+def average_curvature(averaging: Averaging | Rule, diag: Any, layout: Layout = "auto") -> Any:
     r"""Averages a signed diagonal by the rule ``averaging``; the result is only used squared.
 
     $$
@@ -109,7 +110,7 @@ def average_curvature(averaging: str | Rule, diag: Any, layout: Layout = "auto")
 
 
 def averaging_table(
-    params: PyTree, averaging: str | Rule = "conv", *, layout: Layout = "auto"
+    params: PyTree, averaging: Averaging | Rule = "conv", *, layout: Layout = "auto"
 ) -> str:
     """A table of what AdaHessian averages in each leaf, to check before a run.
 
@@ -157,7 +158,7 @@ def averaging_table(
 
 
 def _share(
-    averaging: str | Rule, name: str, shape: tuple[int, ...], layout: Layout
+    averaging: Averaging | Rule, name: str, shape: tuple[int, ...], layout: Layout
 ) -> Axes | Block:
     """The axes of a leaf to average over, checked."""
     if callable(averaging):

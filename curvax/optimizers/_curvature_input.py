@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import is_traced
-from curvax._trees import PyTree, has_holes, is_hole, part_like, widen
+from curvax._trees import PyTree, Tree, has_holes, is_hole, part_like, widen
 from curvax.curvature._diagonal import value_grad_and_hessian_diag
 from curvax.curvature._probes import Distribution, random_probe, times_probe
 from curvax.curvature._products import Mode, linearized_hvp
@@ -90,7 +90,7 @@ def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
     return part_like(hessian_diag, updates, name="hessian_diag")
 
 
-def merge_masked(params: PyTree, masked: PyTree) -> PyTree:
+def merge_masked(params: Tree, masked: PyTree) -> Tree:
     """Fills the holes of a masked tree from the full one.
 
     ``optax.masked`` and ``optax.partition`` pass an inner transformation parameters with

@@ -73,7 +73,7 @@ def hutchinson_estimator(
       Pre-training](https://arxiv.org/abs/2305.14342), 2023, Algorithm 1.
     """
     check_count("num_probes", num_probes)
-    check_choice("distribution", distribution, ("rademacher", "normal"))
+    check_choice("distribution", distribution, get_args(Distribution))
     check_choice("mode", mode, get_args(Mode))
     as_key(key)
 

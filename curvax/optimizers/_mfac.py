@@ -22,14 +22,14 @@ Where this differs from the paper and the published code, and why:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_like, check_range, check_real, check_size
-from curvax._trees import PyTree, is_inexact, tree_norm, wide_dtype, widen, widest_dtype
+from curvax._trees import DType, PyTree, is_inexact, tree_norm, wide_dtype, widen, widest_dtype
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._sparse_window import SparseWindow
 from curvax.fisher._window import DenseWindow, Window, row_dtype
@@ -37,6 +37,7 @@ from curvax.optimizers._memory import check_window_memory
 
 Scalar = jax.typing.ArrayLike
 WindowScaling = Literal["nominal", "filled"]
+WindowDtype = Literal["float32", "bfloat16", "float64"]
 
 
 class ScaleByMfacState(NamedTuple):
@@ -73,7 +74,7 @@ def scale_by_mfac(
     *,
     momentum: Scalar = 0.0,
     window_scaling: WindowScaling = "nominal",
-    window_dtype: Any | None = None,
+    window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
     max_update_norm: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -118,7 +119,7 @@ def scale_by_mfac(
     if not callable(damping):
         check_range("damping", damping, low=0, open_low=True)
     check_range("momentum", momentum, low=0, high=1, open_high=True)
-    check_choice("window_scaling", window_scaling, ("nominal", "filled"))
+    check_choice("window_scaling", window_scaling, get_args(WindowScaling))
     _check_density(density)
     if max_update_norm is not None:
         check_range("max_update_norm", max_update_norm, low=0, open_low=True)
@@ -204,7 +205,7 @@ def mfac(
     *,
     momentum: Scalar = 0.0,
     window_scaling: WindowScaling = "nominal",
-    window_dtype: Any | None = None,
+    window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
     max_update_norm: Scalar | None = None,
     weight_decay: Scalar = 0.0,
@@ -401,11 +402,11 @@ def _check_density(density: Any) -> None:
     check_range("density", density, low=0, high=1, open_low=True)
 
 
-def _checked_window_dtype(window_dtype: Any | None) -> Any | None:
+def _checked_window_dtype(window_dtype: WindowDtype | DType | None) -> DType | None:
     if window_dtype is None:
         return None
     window_dtype = jax.dtypes.canonicalize_dtype(window_dtype)
-    check_choice("window_dtype", window_dtype.name, ("float32", "bfloat16", "float64"))
+    check_choice("window_dtype", window_dtype.name, get_args(WindowDtype))
     return window_dtype
 
 

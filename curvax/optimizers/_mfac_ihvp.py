@@ -6,12 +6,12 @@ import jax
 
 from curvax._checks import check_like
 from curvax._find import find_mfac
-from curvax._trees import PyTree, widen
+from curvax._trees import Tree, widen
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.optimizers._mfac import ScaleByMfacState, gradient_shapes
 
 
-def mfac_ihvp(state: Any, vector: PyTree) -> PyTree:
+def mfac_ihvp(state: Any, vector: Tree) -> Tree:
     r"""The product of M-FAC's inverse Fisher matrix with any vector.
 
     With the window $G$, the damping $\lambda$ and the normalizer $n$ of the last step,

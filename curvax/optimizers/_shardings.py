@@ -6,10 +6,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from curvax._trees import PyTree, is_hole
+from curvax._trees import is_hole
 
 
-def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
     """The shardings of ``tx``'s state when each leaf follows its parameter.
 
     A jitted ``init`` under automatic mesh axes loses the parameters' shardings, for Adam as

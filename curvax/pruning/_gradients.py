@@ -11,16 +11,17 @@ import numpy as np
 
 from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._progress import progress_bar
-from curvax._trees import Differentiable, PyTree, is_inexact, path_name, wide_dtype, widen
+from curvax._trees import Differentiable, PyTree, Tree, is_inexact, path_name, wide_dtype, widen
 from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.fisher._window import insert_row, stacked_zeros
 from curvax.pruning._leaves import check_mask
+from curvax.pruning._options import Storage
 
 
 def collect_gradients(
     loss_fn: Callable[..., jax.Array],
-    params: PyTree,
+    params: Tree,
     batches: Iterable[Any],
     num_grads: int,
     *,
@@ -28,9 +29,9 @@ def collect_gradients(
     micro_batch_size: int | None = None,
     has_aux: bool = False,
     mask: PyTree | None = None,
-    storage: str | Path = "device",
+    storage: Storage | Path = "device",
     progress: bool = False,
-) -> PyTree:
+) -> Tree:
     r"""The gradients of a loss on ``num_grads`` batches, or examples.
 
     The gradient is compiled once and called from the host: the gradients of convolutions run
@@ -193,7 +194,7 @@ def _check_finite(gradient: PyTree, number: int) -> None:
 
 
 def _storage(
-    params: PyTree, num_grads: int, storage: str | Path
+    params: PyTree, num_grads: int, storage: Storage | Path
 ) -> tuple[PyTree, Callable[[PyTree, PyTree, int], PyTree]]:
     """Empty rows, and a function that fills one."""
     if storage == "device":

@@ -20,8 +20,8 @@ class KeepPrunedState(NamedTuple):
       inner_state: the state of the wrapped transformation, if there is one.
     """
 
-    mask: PyTree
-    inner_state: Any
+    mask: optax.Params
+    inner_state: optax.OptState
 
 
 def keep_pruned(
@@ -57,7 +57,7 @@ def keep_pruned(
     """
     wrapped = optax.with_extra_args_support(optax.identity() if inner is None else inner)
 
-    def init(params: PyTree) -> KeepPrunedState:
+    def init(params: optax.Params) -> KeepPrunedState:
         own_mask = _mask_like(mask, params)
         if not is_placeholder(params):
             check_mask(own_mask, params)
@@ -65,8 +65,11 @@ def keep_pruned(
         return KeepPrunedState(jax.tree.map(jnp.array, own_mask), wrapped.init(params))
 
     def update(
-        updates: PyTree, state: KeepPrunedState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, KeepPrunedState]:
+        updates: optax.Updates,
+        state: KeepPrunedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, KeepPrunedState]:
         if params is None:
             raise ValueError("keep_pruned needs params: call update(updates, state, params).")
         kept = state.mask

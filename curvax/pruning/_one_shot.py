@@ -3,15 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_count, check_range
-from curvax._trees import PyTree, path_name
+from curvax._trees import PyTree, Tree, path_name
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._leaves import Leaf, check_mask, is_kernel, selected_leaves
+from curvax.pruning._options import Method, OneShotOptions, PruneOptions, Storage, Update
 from curvax.pruning._prune import check_options, explicit_target, prune
 from curvax.pruning._result import PruneResult
 from curvax.pruning._selection import Sparsity, number_to_prune, pools
@@ -69,21 +71,22 @@ def polynomial_sparsities(
 
 def prune_one_shot(
     loss_fn: Callable[..., jax.Array],
-    params: PyTree,
+    params: Tree,
     batches: Iterable[Any],
     sparsity: Sparsity | None,
     *,
-    method: str = "obs",
+    method: Method = "obs",
+    update: Update | None = None,
     recomputations: int = 16,
     num_grads: int = 64,
     mask: PyTree | None = None,
     per_example: bool = False,
     micro_batch_size: int | None = None,
     has_aux: bool = False,
-    storage: Any = "device",
+    storage: Storage | Path = "device",
     progress: bool = False,
-    **options: Any,
-) -> PruneResult:
+    **options: Unpack[PruneOptions],
+) -> PruneResult[Tree]:
     r"""Prunes without fine-tuning, in several steps with fresh gradients for each.
 
     Densities fall geometrically (`geometric_sparsities`) from the current ones; for each step
@@ -97,6 +100,7 @@ def prune_one_shot(
         continues where it stopped.
       sparsity: as `prune` takes it.
       method: as `prune` takes it.
+      update: as `prune` takes it.
       recomputations: the number of steps; with more, the model of the loss stays accurate.
       num_grads: the number of gradients for each step.
       mask: the weights that are unpruned.
@@ -131,7 +135,7 @@ def prune_one_shot(
     """
     check_count("recomputations", recomputations)
     check_count("num_grads", num_grads)
-    check_options(method=method, **options)
+    check_options(method=method, update=update, **options)
     target = explicit_target(sparsity, options.get("structure"))
     steps = 1 if method == "magnitude" else recomputations
     predicted: float | None = None
@@ -151,7 +155,7 @@ def prune_one_shot(
                 storage=storage,
                 progress=progress,
             )
-        result = prune(params, grads, step, method=method, mask=mask, **options)
+        result = prune(params, grads, step, method=method, update=update, mask=mask, **options)
         params, mask = result.params, result.mask
         if result.predicted_loss_change is not None:
             predicted = (predicted or 0.0) + result.predicted_loss_change
@@ -161,14 +165,14 @@ def prune_one_shot(
 
 def prune_gradually(
     loss_fn: Callable[..., jax.Array],
-    params: PyTree,
+    params: Tree,
     batches: Iterable[Any],
     sparsities: Sequence[Sparsity],
-    fine_tune: Callable[[PyTree, PyTree], PyTree],
+    fine_tune: Callable[[Tree, Tree], Tree],
     *,
     mask: PyTree | None = None,
-    **options: Any,
-) -> PruneResult:
+    **options: Unpack[OneShotOptions],
+) -> PruneResult[Tree]:
     r"""Prunes to each of several sparsities in turn, with fine-tuning after each.
 
     Args:
@@ -214,7 +218,7 @@ def _steps(
     mask: PyTree | None,
     target: Sparsity,
     num_steps: int,
-    options: Mapping[str, Any],
+    options: PruneOptions,
 ) -> list[Sparsity]:
     """The sparsities of each step, from the current ones on."""
     leaves = selected_leaves(params, mask, options.get("select", is_kernel))

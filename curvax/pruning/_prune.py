@@ -1,7 +1,7 @@
 """One pruning step: scores, the choice of weights, the update of the others."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
-from curvax._trees import PyTree, Select
-from curvax.fisher._static import BLOCK_SCOPES, checked_leaves
+from curvax._trees import PyTree, Select, Tree
+from curvax.fisher._static import checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
+from curvax.pruning._options import BlockScope, Method, Scope, Update
 from curvax.pruning._result import PruneResult, layer_sparsities
 from curvax.pruning._scores import (
     FisherOptions,
@@ -24,28 +25,24 @@ from curvax.pruning._selection import Sparsity, check_sparsity, weights_to_prune
 from curvax.pruning._structures import NM, Structure, check_structure
 from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
 
-METHODS = ("obs", "greedy", "fisher", "magnitude")
-UPDATES = ("joint", "independent", "none")
-SCOPES = ("global", "layer")
-
 
 def prune(
-    params: PyTree,
+    params: Tree,
     grads: PyTree | None,
     sparsity: Sparsity | None,
     *,
-    method: str = "obs",
-    update: str | None = None,
+    method: Method = "obs",
+    update: Update | None = None,
     mask: PyTree | None = None,
     select: Select = is_kernel,
-    scope: str = "global",
+    scope: Scope = "global",
     structure: Structure | None = None,
     layout: Layout = "auto",
     damping: float = 1e-5,
     block_size: int | None = None,
-    block_scope: str = "tree",
+    block_scope: BlockScope = "tree",
     mesh: jax.sharding.Mesh | None = None,
-) -> PruneResult:
+) -> PruneResult[Tree]:
     r"""Prunes parameters in one step, by Optimal Brain Surgeon or a simpler rule.
 
     With the empirical Fisher matrix $F = \lambda I + \frac1m \sum_i g_i g_i^T$ of the unpruned
@@ -146,10 +143,10 @@ def prune(
 def _pruned_and_changes(
     leaves: list[Leaf],
     columns: list[Any] | None,
-    method: str,
-    update: str,
+    method: Method,
+    update: Update,
     sparsity: Sparsity,
-    scope: str,
+    scope: Scope,
     structure: Structure | None,
     options: FisherOptions,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -181,27 +178,27 @@ def _pruned_and_changes(
 
 def check_options(
     *,
-    method: str = "obs",
-    update: str | None = None,
-    scope: str = "global",
+    method: Method = "obs",
+    update: Update | None = None,
+    scope: Scope = "global",
     structure: Structure | None = None,
     layout: Layout = "auto",
     damping: float = 1e-5,
     block_size: int | None = None,
-    block_scope: str = "tree",
+    block_scope: BlockScope = "tree",
     select: Select | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Raises unless each option of `prune` is valid by itself."""
     del select, mesh
-    check_choice("method", method, METHODS)
+    check_choice("method", method, get_args(Method))
     if update is not None:
-        check_choice("update", update, UPDATES)
-    check_choice("scope", scope, SCOPES)
+        check_choice("update", update, get_args(Update))
+    check_choice("scope", scope, get_args(Scope))
     check_structure(structure)
     check_layout(layout)
     check_range("damping", damping, low=0.0, open_low=True, open_high=True)
-    check_choice("block_scope", block_scope, BLOCK_SCOPES)
+    check_choice("block_scope", block_scope, get_args(BlockScope))
     if block_size is not None:
         check_count("block_size", block_size)
     if method == "greedy" and (block_size is None or structure is not None):
@@ -223,12 +220,12 @@ def explicit_target(sparsity: Sparsity | None, structure: Structure | None) -> S
 
 
 def _assembled(
-    params: PyTree,
+    params: Tree,
     mask: PyTree | None,
     leaves: list[Leaf],
     pruned: list[np.ndarray],
     changes: list[np.ndarray],
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Tree, Tree]:
     """Parameters and mask with the changes applied; leaves that are not pruned are unchanged."""
     values, treedef = jax.tree.flatten(params)
     masks = (

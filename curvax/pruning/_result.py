@@ -1,12 +1,15 @@
 """The result of pruning, with a table and a plot."""
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import jax
 import numpy as np
 
-from curvax._trees import PyTree, path_name
+from curvax._trees import PyTree, Tree, path_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class LayerSparsity(NamedTuple):
@@ -28,7 +31,7 @@ class LayerSparsity(NamedTuple):
         return 1 - self.kept / self.size
 
 
-class PruneResult(NamedTuple):
+class PruneResult(NamedTuple, Generic[Tree]):
     """Pruned parameters.
 
     Attributes:
@@ -41,8 +44,8 @@ class PruneResult(NamedTuple):
         single examples: with means over batches of $b$ the quadratic part is smaller by $b$.
     """
 
-    params: PyTree
-    mask: PyTree
+    params: Tree
+    mask: Tree
     layers: tuple[LayerSparsity, ...]
     predicted_loss_change: float | None
 
@@ -66,7 +69,7 @@ class PruneResult(NamedTuple):
         ]
         return "\n".join(lines)
 
-    def plot(self, ax: Any | None = None) -> Any:
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Bars of the sparsity of each pruned leaf.
 
         Args:

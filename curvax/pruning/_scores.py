@@ -11,6 +11,7 @@ import numpy as np
 from curvax._trees import wide_dtype
 from curvax.fisher import InverseFisher, inverse_fisher
 from curvax.pruning._leaves import Leaf
+from curvax.pruning._options import BlockScope
 from curvax.pruning._packing import Packing
 
 
@@ -19,7 +20,7 @@ class FisherOptions(NamedTuple):
 
     damping: float
     block_size: int | None
-    block_scope: str
+    block_scope: BlockScope
     mesh: jax.sharding.Mesh | None
 
     def packing(self, leaves: Sequence[Leaf]) -> Packing:

@@ -9,6 +9,7 @@ import numpy as np
 
 from curvax._checks import check_range
 from curvax.pruning._leaves import Leaf
+from curvax.pruning._options import Scope
 from curvax.pruning._structures import NM, Structure, not_among_the_best, unit_numbers
 
 Sparsity = float | Mapping[str, float]
@@ -33,7 +34,7 @@ def check_sparsity(sparsity: Any) -> None:
         check_range(name, value, low=0.0, high=1.0, open_high=True)
 
 
-def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: str) -> list[Pool]:
+def pools(leaves: Sequence[Leaf], sparsity: Sparsity, scope: Scope) -> list[Pool]:
     """One pool for each sparsity, or for each leaf.
 
     A mapping gives sparsities by patterns of ``re.search`` on the paths; the first match counts,
@@ -75,7 +76,7 @@ def weights_to_prune(
     leaves: Sequence[Leaf],
     scores: Sequence[np.ndarray],
     sparsity: Sparsity,
-    scope: str,
+    scope: Scope,
     structure: Structure | None,
 ) -> list[np.ndarray]:
     """For each leaf a bool for each alive weight: whether to prune it."""

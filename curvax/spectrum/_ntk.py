@@ -7,21 +7,21 @@ J^T u \rVert$ of the second.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, warn_of_batch_stats
-from curvax._trees import Differentiable, PyTree, tree_norm, widen
+from curvax._trees import Differentiable, PyTree, Tree, tree_norm, widen
 from curvax.curvature._batches import num_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.curvature._jacobian import linearized
-from curvax.curvature._modes import MODES, JacobianMode
+from curvax.curvature._modes import JacobianMode
 
 
-class KernelEigenpairs(NamedTuple):
+class KernelEigenpairs(NamedTuple, Generic[Tree]):
     r"""The top of a neural tangent kernel.
 
     Attributes:
@@ -34,12 +34,12 @@ class KernelEigenpairs(NamedTuple):
 
     values: np.ndarray
     vectors: np.ndarray
-    parameter_vectors: PyTree
+    parameter_vectors: Tree
 
 
 def ntk_gram(
-    network: Callable[[PyTree, Any], jax.Array],
-    params: PyTree,
+    network: Callable[[Tree, Any], jax.Array],
+    params: Tree,
     inputs: Any,
     *,
     micro_batch_size: int = 16,
@@ -76,7 +76,7 @@ def ntk_gram(
       Jacot, Gabriel and Hongler, [Neural tangent kernel](https://arxiv.org/abs/1806.07572), 2018.
     """
     check_count("micro_batch_size", micro_batch_size)
-    check_choice("mode", mode, MODES[:2])
+    check_choice("mode", mode, get_args(JacobianMode))
     warn_of_batch_stats(params)
     _output_shape(network, params, inputs)
     params = jax.tree.map(widen, params)
@@ -92,14 +92,14 @@ def ntk_gram(
 
 
 def ntk_eigenpairs(
-    network: Callable[[PyTree, Any], jax.Array],
-    params: PyTree,
+    network: Callable[[Tree, Any], jax.Array],
+    params: Tree,
     inputs: Any,
     k: int,
     *,
     micro_batch_size: int = 16,
     mode: JacobianMode = "forward_over_reverse",
-) -> KernelEigenpairs:
+) -> KernelEigenpairs[Tree]:
     r"""The top eigenpairs of the neural tangent kernel, in outputs and in parameters.
 
     Args:

@@ -1,7 +1,7 @@
 """Plots of spectra on matplotlib axes, without global state."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -11,16 +11,19 @@ from curvax.curvature._hutchinson import TraceEstimate
 from curvax.spectrum._density import SpectralDensity
 from curvax.spectrum._step_size import BatchSizeStudy
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 BLUE, RED, GRAY = "#0072b2", "#d55e00", "0.5"
 
 
 def plot_density(
     density: SpectralDensity,
     *,
-    outliers: Any | None = None,
+    outliers: Sequence[float] | np.ndarray | None = None,
     log_x: bool = False,
-    ax: Any | None = None,
-) -> Any:
+    ax: "Axes | None" = None,
+) -> "Axes":
     r"""The density on a logarithmic axis, with its error band; the bulk and the outliers.
 
     Args:
@@ -74,8 +77,8 @@ def plot_sharpness(
     sharpness: Sequence[float],
     learning_rate: float | Sequence[float],
     *,
-    ax: Any | None = None,
-) -> Any:
+    ax: "Axes | None" = None,
+) -> "Axes":
     r"""Sharpness over steps with the line $2 / \eta$, above which gradient descent is unstable.
 
     Args:
@@ -104,7 +107,7 @@ def plot_sharpness(
     return ax
 
 
-def plot_layer_traces(trace: TraceEstimate, *, ax: Any | None = None) -> Any:
+def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) -> "Axes":
     """Bars of the trace of each leaf's diagonal block, with standard errors.
 
     Args:
@@ -138,7 +141,7 @@ def plot_layer_traces(trace: TraceEstimate, *, ax: Any | None = None) -> Any:
     return ax
 
 
-def plot_batch_sizes(study: BatchSizeStudy, *, ax: Any | None = None) -> Any:
+def plot_batch_sizes(study: BatchSizeStudy, *, ax: "Axes | None" = None) -> "Axes":
     """The ends of batch Hessians' spectra against the batch size, and those of the full one.
 
     Args:
@@ -173,7 +176,7 @@ def plot_batch_sizes(study: BatchSizeStudy, *, ax: Any | None = None) -> Any:
     return ax
 
 
-def _new_axes() -> Any:
+def _new_axes() -> "Axes":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6, 3.6), layout="constrained").subplots()

@@ -13,7 +13,7 @@ import numpy as np
 
 from curvax._checks import check_like, check_range
 from curvax._find import find_mfac, find_node
-from curvax._trees import PyTree, path_name
+from curvax._trees import PyTree, Tree, path_name
 from curvax.curvature._operator import Operator
 
 
@@ -57,7 +57,7 @@ def preconditioned(
     return Operator(lambda vector: products([vector])[0], operator.like, products=products)
 
 
-def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float = 1e-8) -> PyTree:
+def adam_inverse_root(state: Any, like: Tree, *, b2: float = 0.999, eps: float = 1e-8) -> Tree:
     r"""$P^{-1/2}$ of Adam, $P = \operatorname{diag}(\sqrt{\hat v} + \epsilon)$.
 
     Args:
@@ -103,8 +103,8 @@ def adam_inverse_root(state: Any, like: PyTree, *, b2: float = 0.999, eps: float
 
 
 def adahessian_inverse_root(
-    state: Any, like: PyTree, *, hessian_power: float = 1.0, eps: float = 1e-4
-) -> PyTree:
+    state: Any, like: Tree, *, hessian_power: float = 1.0, eps: float = 1e-4
+) -> Tree:
     r"""$P^{-1/2}$ of AdaHessian, $P = \operatorname{diag}(\hat v^{k/2} + \epsilon)$.
 
     Args:
@@ -143,7 +143,7 @@ def adahessian_inverse_root(
     )
 
 
-def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
+def mfac_inverse_root(state: Any) -> Callable[[Tree], Tree]:
     r"""$F^{-1/2}$ of M-FAC's window, as a function of a vector.
 
     With the eigenvalues of the Gram matrix, $G G^T = V \Lambda V^T$, the damping $\lambda$, the
@@ -183,7 +183,7 @@ def mfac_inverse_root(state: Any) -> Callable[[PyTree], PyTree]:
     factors = 1 / (normalizer * root * (root + damping_root))
     middle = jnp.asarray(vectors * factors @ vectors.T, jax.tree.leaves(node.gram)[0].dtype)
 
-    def apply(vector: PyTree) -> PyTree:
+    def apply(vector: Tree) -> Tree:
         weights = middle @ node.window.dots(vector, middle.dtype)
         spanned = node.window.combine(weights, vector)
         weak = float(damping_root)  # vectors keep their dtype

@@ -1,7 +1,7 @@
 """Tracks sharpness during training, as a pass-through Optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from curvax._checks import as_key, check_choice, check_range, check_real, check_size
 from curvax._trees import PyTree, has_holes, is_placeholder, tree_dot, tree_norm, widen
 from curvax.curvature import linearized_hvp, random_probe
-from curvax.curvature._modes import MODES, Mode
+from curvax.curvature._modes import Mode
 from curvax.fisher import DenseWindow
 from curvax.spectrum._basis import orthogonalized
 
@@ -34,7 +34,7 @@ class TrackSharpnessState(NamedTuple):
     sharpness: jax.Array
     hessian_trace: jax.Array
     sharpness_times_lr: jax.Array
-    direction: PyTree
+    direction: optax.Params | None
     probe_key: jax.Array
 
 
@@ -95,11 +95,11 @@ def track_sharpness(
       stability](https://arxiv.org/abs/2103.00065), 2021.
     """
     check_size("update_interval", update_interval)
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, get_args(Mode))
     check_size("num_matvecs", num_matvecs)
     check_range("trace_decay", trace_decay, low=0.0, high=1.0, open_high=True)
 
-    def init(params: PyTree) -> TrackSharpnessState:
+    def init(params: optax.Params) -> TrackSharpnessState:
         # A copy: donation of the state must not delete the caller's array.
         own_key = jnp.copy(as_key(key))
         nan = jnp.full((), jnp.nan, jnp.float32)
@@ -119,14 +119,14 @@ def track_sharpness(
         )
 
     def update(
-        updates: PyTree,
+        updates: optax.Updates,
         state: TrackSharpnessState,
-        params: PyTree | None = None,
+        params: optax.Params | None = None,
         *,
         obj_fn: Callable[[PyTree], jax.Array] | None = None,
         sharpness: Any | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, TrackSharpnessState]:
+    ) -> tuple[optax.Updates, TrackSharpnessState]:
         del extra_args
         if from_outside:
             given = state.sharpness if sharpness is None else jnp.array(sharpness, jnp.float32)

@@ -1,6 +1,6 @@
 r"""The trace of an operator, by probes alone or with its dominant part deflated first."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def trace(
     num_probes: int = 32,
     method: Method = "hutchinson",
     probe_batch_size: int = 1,
-) -> TraceEstimate:
+) -> TraceEstimate[Any]:
     r"""The trace of an operator, with a standard error.
 
     ``"hutchinson"`` averages $z^T A z$ over Rademacher probes. ``"hutch++"`` spends a third of its
@@ -102,7 +102,7 @@ def _leaf_dots(first: PyTree, second: PyTree) -> PyTree:
 
 def _hutch_plus_plus(
     operator: Operator, products: ScaledProducts, key: jax.Array, number: int, together: int
-) -> TraceEstimate:
+) -> TraceEstimate[Any]:
     basis = Basis(operator.like, number)
     dominant, size, scale = 0.0, 0, 0.0
     key_range, key_rest = jax.random.split(key)
