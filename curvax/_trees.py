@@ -146,6 +146,32 @@ class Differentiable:
         return self.treedef.unflatten(leaves)
 
 
+def varying_like(tree: PyTree, params: PyTree) -> PyTree:
+    """The tree with arrays that vary over the devices of a ``jax.shard_map`` as ``params`` do.
+
+    JAX asks that of tangents, and of what a loop or a conditional hands on.
+    """
+    axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(params)))
+    lax: Any = jax.lax
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(axes - _varying_axes(leaf))
+        if not missing:
+            return leaf
+        if hasattr(lax, "pcast"):
+            return lax.pcast(leaf, missing, to="varying")
+        return lax.pvary(leaf, missing)  # of JAX 0.8
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def _varying_axes(leaf: Any) -> frozenset[str]:
+    kind: Any = jax.typeof(leaf)
+    kind = getattr(kind, "manual_axis_type", kind)  # JAX 0.10 keeps them there
+    axes: frozenset[str] = getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+    return axes
+
+
 def is_hole(node: Any) -> bool:
     """Whether ``node`` is what ``optax.masked`` and ``optax.partition`` put in place of a leaf."""
     return isinstance(node, optax.MaskedNode)

@@ -112,12 +112,15 @@ class BatchLoss(NamedTuple):
         values = self._over_examples(self.loss.value)(widen(outputs), self.targets)
         if self.shares is None:
             return jnp.mean(values)
-        # An example of weight zero must not count, even where its loss is not finite.
-        return jnp.sum(jnp.where(self.shares > 0, self.shares * values, 0))
+        return jnp.sum(jnp.where(self.shares == 0, 0, self.shares * values))
+
+    def value_and_grad(self, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, gradient = jax.value_and_grad(self.value)(outputs)
+        return value, self._counted(gradient, 1)
 
     def hessian_vp(self, outputs: jax.Array, tangent: jax.Array) -> jax.Array:
         product = self._over_examples(self.loss.hessian_vp)
-        return self._share * product(widen(outputs), self.targets, widen(tangent))
+        return self._counted(product(widen(outputs), self.targets, widen(tangent)), self._share)
 
     def hessian_factor_vp(self, outputs: jax.Array, noise: jax.Array) -> jax.Array:
         over_examples = self._over_examples
@@ -125,7 +128,8 @@ class BatchLoss(NamedTuple):
         if self.loss.has_dense_factor and size > _DENSE_ENTRIES:
             over_examples = functools.partial(self._in_groups, outputs.shape[-1])
         product = over_examples(self.loss.hessian_factor_vp)
-        return self._share**0.5 * product(widen(outputs), self.targets, widen(noise))
+        image = product(widen(outputs), self.targets, widen(noise))
+        return self._counted(image, self._share**0.5)
 
     def empirical_vp(self, outputs: jax.Array, tangent: jax.Array) -> jax.Array:
         def example(output: jax.Array, target: Any, direction: jax.Array) -> jax.Array:
@@ -133,7 +137,13 @@ class BatchLoss(NamedTuple):
             return residual * jnp.sum(residual * direction)
 
         product = self._over_examples(example)
-        return self._share * product(widen(outputs), self.targets, widen(tangent))
+        return self._counted(product(widen(outputs), self.targets, widen(tangent)), self._share)
+
+    def _counted(self, image: jax.Array, factor: jax.Array | float) -> jax.Array:
+        """``factor`` times the image; zeros where an example does not count, be it NaN there."""
+        if self.shares is None:
+            return factor * image
+        return jnp.where(self.shares[..., jnp.newaxis] == 0, 0, factor * image)
 
     @property
     def _share(self) -> jax.Array | float:

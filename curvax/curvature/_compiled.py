@@ -55,6 +55,8 @@ def _identity(function: Any) -> Hashable | None:
         return None if None in names else (type(function), *names)
     owner = function.__self__ if isinstance(function, types.MethodType) else function
     called = getattr(function, "__func__", None)
+    if isinstance(owner, functools.partial) and _identity(owner.func) is None:
+        return None
     if isinstance(owner, types.FunctionType | functools.partial) or hasattr(owner, "__wrapped__"):
         return id(owner), id(called)
     if isinstance(owner, bool | int | float):

@@ -394,7 +394,7 @@ def value_grad_and_ggn_diag_from_outputs(
 def _value_and_grad(
     point: Linearization, batch_loss: BatchLoss, has_aux: bool
 ) -> tuple[Any, PyTree]:
-    value, cotangent = jax.value_and_grad(batch_loss.value)(point.outputs)
+    value, cotangent = batch_loss.value_and_grad(point.outputs)
     grads = point.tree.tangent(point.vector_jacobian(cotangent.astype(point.outputs.dtype)))
     return ((value, point.aux) if has_aux else value), grads
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import as_key, check_choice, check_count, check_keywords, warn_of_batch_stats
-from curvax._trees import Differentiable, PyTree, Tree, is_inexact, widen
+from curvax._trees import Differentiable, PyTree, Tree, is_inexact, varying_like, widen
 from curvax.curvature._compiled import Static, compiled_once
 from curvax.curvature._modes import Mode
 from curvax.curvature._probes import Distribution, random_probe, times_probe
@@ -84,7 +84,7 @@ class _Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, like: PyTree) -> "_Moments":
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+        zeros = jax.tree.map(lambda s: varying_like(jnp.zeros(s.shape, s.dtype), s), like)
         return cls(jnp.zeros(()), zeros, zeros)
 
     def add(self, samples: PyTree, size: int) -> "_Moments":
@@ -142,7 +142,8 @@ def hessian_diag(
         ``(scalar, aux)`` with ``has_aux``.
       params: a tree of arrays, the point at which the Hessian is taken.
       *args: further arguments of ``fun``. Arrays in them may change without a new compilation;
-        anything else, such as a Python number, is static.
+        anything else, such as a Python number, is static. As under ``jax.jit``, what ``fun``
+        closes over is as in its first call.
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: how many products are vectorized at a time. One keeps the memory at that of
@@ -211,7 +212,7 @@ def hessian_trace(
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
       params: a tree of arrays, the point at which the Hessian is taken.
-      *args: further arguments of ``fun``.
+      *args: further arguments of ``fun``, see `curvax.hessian_diag`.
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: how many products are vectorized, see `curvax.hessian_diag`.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import as_key, check_choice
-from curvax._trees import PyTree, Tree, is_inexact
+from curvax._trees import PyTree, Tree, is_inexact, varying_like
 
 Distribution = Literal["rademacher", "normal"]
 
@@ -85,9 +85,7 @@ def _leaf_probe(key: jax.Array, leaf: Any, distribution: Distribution) -> jax.Ar
     # On explicit meshes a sampler's result is replicated unless told otherwise.
     sampler = _SAMPLERS[distribution]
     probe = sampler(key, shape, dtype, out_sharding=jax.typeof(leaf).sharding)
-    # Within shard_map a probe must vary over the devices that its leaf varies over.
-    varies = getattr(jax.typeof(leaf), "vma", None)
-    return probe + jnp.zeros_like(leaf) if varies else probe
+    return varying_like(probe, leaf)
 
 
 def _halves(key: jax.Array) -> tuple[jax.Array, jax.Array]:

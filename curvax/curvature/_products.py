@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_choice, check_keywords, check_like, scalar_loss
-from curvax._trees import Differentiable, Leaves, Tree, tree_norm, widen
+from curvax._trees import Differentiable, Leaves, Tree, tree_norm, varying_like, widen
 from curvax.curvature._modes import Mode, check_graph, explained, through_graph
 from curvax.curvature._one_pass import P, Value
 
@@ -209,9 +209,9 @@ def linearized_hvp(
 
 
 def cast_like(tangents: Leaves, leaves: Leaves) -> Leaves:
-    """Each tangent in its leaf's dtype, as ``jvp`` requires."""
+    """Each tangent of its leaf's type, as ``jvp`` requires."""
     pairs = zip(tangents, leaves, strict=True)
-    return [jnp.asarray(tangent, leaf.dtype) for tangent, leaf in pairs]
+    return [varying_like(jnp.asarray(tangent, leaf.dtype), leaf) for tangent, leaf in pairs]
 
 
 def loss_of_leaves(

@@ -35,7 +35,7 @@ import optax
 
 from curvax._checks import as_key, check_choice, check_count, check_range, check_real
 from curvax._layouts import Layout
-from curvax._trees import PyTree, is_inexact
+from curvax._trees import PyTree, is_inexact, varying_like
 from curvax.curvature._probes import Distribution
 from curvax.curvature._products import Mode
 from curvax.curvature._refresh import (
@@ -182,7 +182,7 @@ def scale_by_adahessian(
     def init(params: optax.Params) -> ScaleByAdaHessianState:
         check_real("AdaHessian", params)
         count, average = jnp.zeros((), jnp.int32), SquaredAverage.empty(params)
-        return ScaleByAdaHessianState(
+        state = ScaleByAdaHessianState(
             count=count,
             due=next_due(count),
             # A copy: donation of the state must not delete the caller's array.
@@ -194,6 +194,7 @@ def scale_by_adahessian(
             refusals=average.refusals,
             clipped=None if clip_threshold is None else jnp.zeros((), jnp.float32),
         )
+        return varying_like(state, params)
 
     def update(
         updates: optax.Updates,

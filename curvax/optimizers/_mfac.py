@@ -29,7 +29,16 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import check_choice, check_like, check_range, check_real, check_size
-from curvax._trees import DType, PyTree, is_inexact, tree_norm, wide_dtype, widen, widest_dtype
+from curvax._trees import (
+    DType,
+    PyTree,
+    is_inexact,
+    tree_norm,
+    varying_like,
+    wide_dtype,
+    widen,
+    widest_dtype,
+)
 from curvax.fisher._inverse import solve_damped_gram
 from curvax.fisher._sparse_window import SparseWindow
 from curvax.fisher._window import DenseWindow, Window, row_dtype
@@ -148,7 +157,7 @@ def scale_by_mfac(
         dtype = widest_dtype(params)
         count = jnp.zeros((), jnp.int32)
         damping_now, normalizer = scales(count, dtype)
-        return ScaleByMfacState(
+        state = ScaleByMfacState(
             count=count,
             window=empty_window(params),
             gram=jnp.zeros((num_grads, num_grads), dtype),
@@ -158,6 +167,7 @@ def scale_by_mfac(
             mu=None if _is_zero(momentum) else jax.tree.map(jnp.zeros_like, params),
             feedback=None if density is None else jax.tree.map(wide_zeros, params),
         )
+        return varying_like(state, params)
 
     def update(
         updates: optax.Updates,

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from curvax._checks import as_key, check_choice, check_range, check_real, check_size
-from curvax._trees import PyTree, has_holes, is_placeholder, tree_dot, tree_norm, widen
+from curvax._trees import (
+    PyTree,
+    has_holes,
+    is_placeholder,
+    tree_dot,
+    tree_norm,
+    varying_like,
+    widen,
+)
 from curvax.curvature import linearized_hvp, random_probe
 from curvax.curvature._modes import Mode
 from curvax.fisher import DenseWindow
@@ -114,9 +122,10 @@ def track_sharpness(
                 unit = _unit(random_probe(own_key, wide, "normal"))
                 # Placed as the params are, which random trees are only on explicit meshes.
                 direction = jax.tree.map(lambda d, p: jnp.zeros_like(p) + d, unit, wide)
-        return TrackSharpnessState(
+        state = TrackSharpnessState(
             jnp.zeros((), jnp.int32), nan, jnp.copy(nan), jnp.copy(nan), direction, own_key
         )
+        return varying_like(state, params)
 
     def update(
         updates: optax.Updates,
@@ -130,7 +139,7 @@ def track_sharpness(
         del extra_args
         if from_outside:
             given = state.sharpness if sharpness is None else jnp.array(sharpness, jnp.float32)
-            measured = state._replace(sharpness=given)
+            measured = state._replace(sharpness=varying_like(given, state.sharpness))
         else:
             measured = _measured(state, params, obj_fn)
         rate = learning_rate(state.steps_seen) if callable(learning_rate) else learning_rate

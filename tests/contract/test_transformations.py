@@ -136,6 +136,30 @@ def test_the_second_call_of_a_step_compiles_nothing(row, compilations):
 
 
 @every_transformation
+def test_each_device_of_a_shard_map_runs_a_loop_of_its_own(row):
+    mesh = make_mesh("automatic", (2,), ("models",))
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), small_params())
+    tx = row.make(small_params(), **row.options)
+
+    def trained(params):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(coupled_loss)(params)
+            updates, state = tx.update(grads, state, params, **row.extra(coupled_loss, params))
+            return (jax.tree.map(lambda p, u: p - 0.01 * u, params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=3)[0][0]
+
+    def of_one_device(stacked):
+        params = trained(jax.tree.map(lambda leaf: leaf[0], stacked))
+        return jax.tree.map(lambda leaf: leaf[jnp.newaxis], params)
+
+    axis = jax.P("models")
+    mapped = jax.shard_map(of_one_device, mesh=mesh, in_specs=axis, out_specs=axis)
+    assert_trees_close(jax.jit(mapped)(members), jax.jit(jax.vmap(trained))(members), rtol=1e-5)
+
+
+@every_transformation
 def test_flattened_params_give_the_same_updates(row):
     if row.whole or row.name.startswith(("track", "hutchinson", "accumulate")):
         pytest.skip("has a tree of its own, or is no optimizer of one diagonal")

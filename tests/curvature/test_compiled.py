@@ -73,7 +73,11 @@ def test_what_a_loss_closes_over_is_freed_with_it(name):
 def test_an_object_that_has_changed_gives_its_new_values(name):
     use = USES.get(name) or NETWORK_USES[name]
     owner = Scaled()
-    functions = [lambda: owner.loss, lambda: owner] if name in USES else [lambda: owner.network]
+    method = "loss" if name in USES else "network"
+    bound = functools.partial(getattr(owner, method))
+    functions = [lambda: getattr(owner, method), lambda: bound]
+    if name in USES:
+        functions.append(lambda: owner)
     for function in functions:
         owner.scale = 1.0
         first = use(function())

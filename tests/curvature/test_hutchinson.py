@@ -139,3 +139,20 @@ def test_sequential_probes_keep_the_memory_of_one():
 def test_bad_options_are_refused(estimate, options, message):
     with pytest.raises(ValueError, match=message):
         estimate(lambda x: jnp.sum(x**2), jnp.ones(2), **options)
+
+
+def test_each_device_of_a_shard_map_estimates_its_own_hessian():
+    def loss(x):
+        return jnp.sum(x**4) + jnp.prod(x)
+
+    def traces(points):
+        point = points[0]
+        hutchinson = curvax.hessian_trace(loss, point, key=0, num_probes=3).value
+        return jnp.stack([hutchinson, curvax.hvp(loss, point, jnp.ones(3)).sum()])[jnp.newaxis]
+
+    mesh = jax.make_mesh((2,), ("models",), axis_types=(jax.sharding.AxisType.Auto,))
+    points = jnp.array([[1.0, 2.0, 3.0], [0.5, -1.0, 2.0]])
+    axis = jax.P("models")
+    mapped = jax.jit(jax.shard_map(traces, mesh=mesh, in_specs=axis, out_specs=axis))
+    expected = jnp.concatenate([traces(points[:1]), traces(points[1:])])
+    np.testing.assert_allclose(mapped(points), expected, rtol=1e-5)

@@ -148,6 +148,37 @@ def test_a_label_that_is_no_class_is_refused(params, inputs, label):
         curvax.ggn_vp(network, "softmax_cross_entropy", params, params, inputs, labels)
 
 
+@pytest.mark.parametrize("loss", [*TARGETS, lambda f, y: jnp.sum(jnp.square(f - y))])
+def test_nothing_that_is_not_finite_at_a_weight_of_zero_counts(params, inputs, loss):
+    ignored = jnp.where(COUNTED, 0.0, jnp.nan)[..., jnp.newaxis]
+    plain = TARGETS.get(loss, TARGETS["squared_error"])
+    broken = plain if loss == "softmax_cross_entropy" else plain + ignored
+
+    def results(ignored, targets):
+        def shifted(params, inputs):
+            return network(params, inputs) + ignored
+
+        arguments = inputs, curvax.WeightedTargets(targets, WEIGHTS)
+        yield curvax.ggn_vp(shifted, loss, params, params, *arguments)
+        yield curvax.fisher_vp(shifted, loss, params, params, *arguments, empirical=True)
+        for estimator in ESTIMATORS:
+            yield estimator(shifted, loss)(params, *arguments, key=0)
+
+    chex.assert_trees_all_close(
+        list(results(ignored, broken)), list(results(0.0, plain)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_traced_weights_that_are_all_zero_are_not_a_number(params, inputs):
+    @jax.jit
+    def value(weights):
+        targets = curvax.WeightedTargets(LABELS, weights)
+        one_pass = curvax.value_grad_and_ggn_diag(network, "softmax_cross_entropy")
+        return one_pass(params, inputs, targets, key=0)[0]
+
+    assert jnp.isnan(value(0 * WEIGHTS))
+
+
 def test_a_label_that_is_no_class_is_not_a_number_under_jit(params, inputs):
     one_pass = jax.jit(curvax.value_grad_and_ggn_diag(network, "softmax_cross_entropy"))
     value, grads, _ = one_pass(params, inputs, LABELS.at[0, 0].set(-1), key=jax.random.key(0))
