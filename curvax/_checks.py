@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._trees import PyTree, path_name, path_names
+from curvax._trees import PyTree, path_name, path_names, shape_of
 
 
 def is_traced(value: Any) -> bool:
@@ -116,8 +116,7 @@ def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
     if entry is None:
         return "no further leaf"
     path, leaf = entry
-    shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
-    return f"{path_name(path)} of shape {shape}"
+    return f"{path_name(path)} of shape {shape_of(leaf)}"
 
 
 def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...]) -> None:

@@ -41,6 +41,11 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """The shape of an array, a placeholder of one, or a Python number."""
+    return leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is real or complex, and so has gradients."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

@@ -13,12 +13,13 @@ is ever converted, and XLA's CPU backend, which would convert all rows for a sin
 multiplies several unconverted.
 """
 
+import math
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree, Tree, is_inexact, wide_dtype
+from curvax._trees import PyTree, Tree, is_inexact, shape_of, wide_dtype
 from curvax.fisher._cholesky import HIGHEST
 
 _PARTS = 4  # disjoint parts of a vector, or parts of its bits and one of zeros
@@ -82,7 +83,7 @@ class DenseWindow(NamedTuple):
 
 def takes_part(leaf: Any) -> bool:
     """Whether a leaf of params has gradients to keep: integer and empty leaves have none."""
-    return is_inexact(leaf) and jnp.size(leaf) > 0
+    return is_inexact(leaf) and math.prod(shape_of(leaf)) > 0
 
 
 def row_dtype(leaf: Any, dtype: Any | None) -> Any:

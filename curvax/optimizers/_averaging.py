@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from curvax._checks import check_choice
 from curvax._layouts import Axes, KernelLayout, Layout, check_layout, kernel_layout
-from curvax._trees import PyTree, named_leaves, path_name
+from curvax._trees import PyTree, named_leaves, path_name, shape_of
 
 
 class Block(NamedTuple):
@@ -148,7 +148,7 @@ def averaging_table(
     check_averaging(averaging, layout)
     rows = [("path", "shape", "layout", "averaged")]
     for name, leaf in named_leaves(params):
-        shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+        shape = shape_of(leaf)
         found = kernel_layout(name, shape, layout)
         share = _share(averaging, name, shape, layout)
         rows.append((name, str(shape), found.letters if found else "-", str(share or "-")))
