@@ -9,9 +9,8 @@ from curvax.curvature._from_state import (
     from_state,
     value_grad_and_hessian_diag_from_state,
 )
-from curvax.curvature._gauss_newton import (
-    fisher_vp,
-    ggn_vp,
+from curvax.curvature._gauss_newton import fisher_vp, ggn_vp
+from curvax.curvature._gauss_newton_diag import (
     value_grad_and_ggn_diag,
     value_grad_and_ggn_diag_from_outputs,
 )

@@ -9,10 +9,12 @@ Hessians of the two named losses, and a factor $B$ of each, are analytic:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+
+from curvax._checks import check_choice
 
 LossName = Literal["softmax_cross_entropy", "squared_error"]
 
@@ -133,3 +135,15 @@ LOSSES: dict[LossName, OutputLoss] = {
     "softmax_cross_entropy": softmax_cross_entropy,
     "squared_error": squared_error,
 }
+
+Loss = LossName | OutputLoss | Callable[[jax.Array, Any], jax.Array]
+
+
+def output_loss(loss: Loss) -> OutputLoss:
+    """The loss of a name, or of a function of one example's outputs."""
+    if isinstance(loss, str):
+        check_choice("loss", loss, get_args(LossName))
+        return LOSSES[loss]
+    if isinstance(loss, OutputLoss):
+        return loss
+    return convex_loss(loss)

@@ -8,8 +8,9 @@ from curvax._checks import check_choice, scalar_loss
 from curvax._trees import Differentiable, Leaves, PyTree, Select
 from curvax.curvature._batch_mean import BatchWeight, CompiledProduct, over_batches
 from curvax.curvature._compiled import compiled_once
-from curvax.curvature._gauss_newton import Loss, fisher_vp, ggn_vp
+from curvax.curvature._gauss_newton import fisher_vp, ggn_vp
 from curvax.curvature._jacobian import Network
+from curvax.curvature._losses import Loss
 from curvax.curvature._modes import JacobianMode, Mode
 from curvax.curvature._operator import Operator
 from curvax.curvature._products import hvp
