@@ -141,7 +141,7 @@ _NOT_CONV = {
     *{"attention", "attn", "att", "mha", "mhsa", "multihead", "einsum", "general", "lora"},
     *{"mlp", "ffn", "wi", "wo", "pos", "position", "positional", "rel", "relative", *_DENSE},
 }
-_PROJECTIONS = {"query", "key", "value", "qkv", "kv", "q", "k", "v"}
+_PROJECTIONS = {"query", "key", "value", "qkv", "kv", "q", "k", "v", "wq", "wk", "wv"}
 _OUTPUTS = {"out", "output", "proj", "projection"}  # of heads, or a convolution of odd width
 _PATCHES = {"patch", "patches", "embed", "embedding", "embeddings"}
 _NORM = {"norm", "ln", "bn", "gn", "layernorm", "batchnorm", "groupnorm", "rmsnorm"}

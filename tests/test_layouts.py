@@ -356,6 +356,7 @@ def test_a_name_that_is_no_kernels_counts_before_the_rank(path, shape):
     [
         ("pos/kernel", (8, 8, 4, 16), "????"),
         ("q_einsum/w", (8, 8, 4, 16), "????"),
+        ("layers/wq/kernel", (8, 8, 16, 64), "????"),
         ("attention/out/kernel", (4, 4, 8, 32), "????"),  # four layers of four heads
         ("blocks/out/kernel", (4, 4, 8, 32), "????"),
         ("blocks/conv_out/kernel", (4, 4, 8, 32), "HWIO"),

@@ -78,8 +78,9 @@ def _advice(mode: str, finite_differences: bool) -> str:
             "an operation of the loss or network, such as a jax.custom_vjp kernel, has no "
             f'forward-mode rule, which mode="{mode}" needs: pass mode="reverse_over_reverse"{then}.'
         )
-    advice = f": pass {last}" if finite_differences else ""
+    no_derivative = "take curvax.value_grad_and_ggn_diag_from_outputs, which needs none"
+    advice = f"pass {last}" if finite_differences else no_derivative
     return (
         "the backward pass of an operation of the loss or network, such as a kernel, has no "
-        f'derivative of its own, which mode="{mode}" needs{advice}.'
+        f'derivative of its own, which mode="{mode}" needs: {advice}.'
     )

@@ -117,6 +117,21 @@ def test_a_backward_pass_without_a_derivative_needs_finite_differences(name):
     np.testing.assert_allclose(product, expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in JACOBIANS if name != "ntk_gram"])
+def test_a_backward_pass_that_is_not_transposed_needs_the_output_probe(name):
+    @jax.custom_vjp
+    def kernel(x):
+        return jnp.sin(x)
+
+    def backward(x, cotangent):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return (jax.pure_callback(lambda x, c: c * np.cos(x), shape, x, cotangent),)
+
+    kernel.defvjp(lambda x: (jnp.sin(x), x), backward)
+    with pytest.raises(ValueError, match=r"no derivative of its own.*ggn_diag_from_outputs"):
+        JACOBIANS[name](kernel, POINT, REVERSE)
+
+
 def test_the_output_probe_takes_any_kernel_with_a_gradient():
     def diag(kernel):
         one_pass = curvax.value_grad_and_ggn_diag_from_outputs(network(kernel), "squared_error")
