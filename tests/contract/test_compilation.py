@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import curvax
+from curvax import pruning, spectrum
 
 from .meshes import make_mesh
 
@@ -54,6 +55,33 @@ def ggn(make):
     return make(network, "squared_error")
 
 
+def with_estimate(estimate):
+    return lambda p, x, y, key: estimate(loss, p, x, y, key=key, num_probes=4)
+
+
+def of_operator(instrument, **options):
+    return lambda p, x, y, key: instrument(
+        spectrum.hessian_operator(loss, p, [(x, y)]), key=key, **options
+    )
+
+
+def with_ggn_operator(p, x, y, key):
+    return spectrum.ggn_operator(network, "squared_error", p, [(x, y)])(p)
+
+
+def with_fisher(p, x, y, key):
+    return curvax.fisher_vp(network, "squared_error", p, p, x, y, empirical=True)
+
+
+def with_gradients(p, x, y, key):
+    return pruning.collect_gradients(loss, p, [(x[:8], y[:8]), (x[8:], y[8:])], 2)
+
+
+def with_inverse(p, x, y, key):
+    inverse = curvax.inverse_fisher(jax.tree.map(lambda leaf: leaf[None] + 1.0, p), 0.1)
+    return inverse.solve(p), inverse.diagonal()
+
+
 CALLS = (
     Call("hessian_diag", lambda: with_key(diag())),
     Call("hessian_diag-probes", lambda: with_key(diag(num_probes=3))),
@@ -64,7 +92,19 @@ CALLS = (
     Call("hvp", lambda: lambda p, x, y, key: curvax.hvp(loss, p, p, x, y)),
     Call("ggn_vp", lambda: lambda p, x, y, key: curvax.ggn_vp(network, "squared_error", p, p, x)),
     Call("random_probe", lambda: lambda p, x, y, key: curvax.random_probe(key, p), eager=True),
-    # Estimates, operators and inverses join here.
+    Call("fisher_vp", lambda: with_fisher),
+    Call("linearized_hvp", lambda: lambda p, x, y, key: curvax.linearized_hvp(loss, p, x, y)(p)),
+    Call("estimate_diag", lambda: with_estimate(curvax.hessian_diag), eager=True),
+    Call("estimate_trace", lambda: with_estimate(curvax.hessian_trace), eager=True),
+    Call("trace", lambda: of_operator(spectrum.trace), eager=True),
+    Call("hutch++", lambda: of_operator(spectrum.trace, method="hutch++"), eager=True),
+    Call("top_eigenpairs", lambda: of_operator(spectrum.top_eigenpairs, k=2), eager=True),
+    Call("density", lambda: of_operator(spectrum.spectral_density, order=4), eager=True),
+    Call("ggn_operator", lambda: with_ggn_operator, eager=True),
+    Call("ntk_gram", lambda: lambda p, x, y, key: spectrum.ntk_gram(network, p, x), eager=True),
+    Call("ntk", lambda: lambda p, x, y, key: spectrum.ntk_eigenpairs(network, p, x, 2), eager=True),
+    Call("gradients", lambda: with_gradients, eager=True),
+    Call("inverse_fisher", lambda: with_inverse, eager=True),
 )
 
 
