@@ -153,7 +153,7 @@ def test_bad_options_are_clear_errors(options, message):
 
 def test_a_kernel_of_attention_has_no_single_fan_in():
     params = {"query": {"kernel": jnp.ones((8, 4, 2))}}
-    with pytest.raises(ValueError, match=r"taken for '\?\?\?'.*layout="):
+    with pytest.raises(ValueError, match=r"read as '\?\?\?'.*layout="):
         pruning.prune(params, None, None, method="magnitude", structure=pruning.NM(2, 4))
 
 
