@@ -12,7 +12,11 @@ import curvax
 
 from .meshes import make_mesh, network, sharded
 from .problems import coupled_loss, network_params, small_params
-from .transformations import every_transformation
+from .transformations import (
+    every_one_that_flattens,
+    every_one_with_options,
+    every_transformation,
+)
 from .trees import assert_trees_close, assert_trees_equal, types
 
 
@@ -83,10 +87,8 @@ def test_an_eager_update_on_an_explicit_mesh_keeps_shardings(row):
         assert types(new_state) == types(state)
 
 
-@every_transformation
+@every_one_with_options
 def test_injected_options_change_nothing(row):
-    if not row.options:
-        pytest.skip("no numeric option")
     params = small_params()
 
     def factory(**options):
@@ -99,7 +101,7 @@ def test_injected_options_change_nothing(row):
     assert_trees_close(injected, expected, rtol=1e-5)
 
 
-@every_transformation
+@every_one_with_options
 def test_arrays_given_as_options_survive_a_donated_state(row):
     params = small_params()
     options = {name: jnp.asarray(value) for name, value in row.options.items()}
@@ -159,10 +161,8 @@ def test_each_device_of_a_shard_map_runs_a_loop_of_its_own(row):
     assert_trees_close(jax.jit(mapped)(members), jax.jit(jax.vmap(trained))(members), rtol=1e-5)
 
 
-@every_transformation
+@every_one_that_flattens
 def test_flattened_params_give_the_same_updates(row):
-    if row.whole or row.name.startswith(("track", "hutchinson", "accumulate")):
-        pytest.skip("has a tree of its own, or is no optimizer of one diagonal")
     params = small_params()
     tx = row.make(params, **row.options)
     grads = jax.grad(coupled_loss)(params)

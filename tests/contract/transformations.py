@@ -27,14 +27,15 @@ class Transformation(NamedTuple):
       make: makes it for ``params`` from numeric options.
       options: the numeric options that ``inject_hyperparams`` may turn into arrays.
       extra: the extra arguments of ``update`` for a loss at ``params``.
-      whole: whether it needs the whole params, not one flat vector or a part of them.
+      flattens: whether ``optax.flatten`` may wrap it: it takes a diagonal, and nothing else like
+        the params.
     """
 
     name: str
     make: Callable[..., optax.GradientTransformationExtraArgs]
     options: Mapping[str, Any] = MappingProxyType({})
     extra: Callable[[Loss, PyTree], dict[str, Any]] = lambda loss, params: {"obj_fn": loss}
-    whole: bool = False
+    flattens: bool = False
 
 
 def mask_of(params: PyTree) -> PyTree:
@@ -64,12 +65,14 @@ RATE = {"learning_rate": 0.1}
 INTERVAL = {**RATE, "update_interval": 3, "refresh_warmup": 2, "clip_threshold": 0.5}
 
 TRANSFORMATIONS = (
-    Transformation("adahessian", adahessian, RATE),
-    Transformation("adahessian-interval", adahessian, INTERVAL),
-    Transformation("adahessian-nesterov", lambda p, **o: adahessian(p, nesterov=True, **o), RATE),
-    Transformation("mfac", mfac, {**RATE, "damping": 0.1}),
-    Transformation("keep_pruned", keep_pruned, RATE, whole=True),
-    Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p)), whole=True),
+    Transformation("adahessian", adahessian, RATE, flattens=True),
+    Transformation("adahessian-interval", adahessian, INTERVAL, flattens=True),
+    Transformation(
+        "adahessian-nesterov", lambda p, **o: adahessian(p, nesterov=True, **o), RATE, flattens=True
+    ),
+    Transformation("mfac", mfac, {**RATE, "damping": 0.1}, flattens=True),
+    Transformation("keep_pruned", keep_pruned, RATE),
+    Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p))),
     Transformation("track_sharpness", track_sharpness, RATE),
     Transformation(
         "track_sharpness-outside",
@@ -89,6 +92,11 @@ TRANSFORMATIONS = (
     ),
 )
 
-every_transformation = pytest.mark.parametrize(
-    "row", TRANSFORMATIONS, ids=[row.name for row in TRANSFORMATIONS]
-)
+
+def parametrized(rows: list[Transformation]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", rows, ids=[row.name for row in rows])
+
+
+every_transformation = parametrized(list(TRANSFORMATIONS))
+every_one_with_options = parametrized([row for row in TRANSFORMATIONS if row.options])
+every_one_that_flattens = parametrized([row for row in TRANSFORMATIONS if row.flattens])
