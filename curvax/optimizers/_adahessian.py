@@ -46,7 +46,13 @@ from curvax.curvature._refresh import (
     refresh_due,
     step_key,
 )
-from curvax.optimizers._averaging import Averaging, Rule, average_curvature, check_averaging
+from curvax.optimizers._averaging import (
+    Averaging,
+    Rule,
+    average_curvature,
+    check_averaging,
+    check_leaves,
+)
 from curvax.optimizers._curvature_input import curvature_of_function, given_diag
 from curvax.optimizers._moments import (
     average_gradient,
@@ -181,6 +187,7 @@ def scale_by_adahessian(
 
     def init(params: optax.Params) -> ScaleByAdaHessianState:
         check_real("AdaHessian", params)
+        check_leaves(averaging, layout, params)
         count, average = jnp.zeros((), jnp.int32), SquaredAverage.empty(params)
         state = ScaleByAdaHessianState(
             count=count,

@@ -77,6 +77,12 @@ def check_averaging(averaging: Averaging | Rule, layout: Layout = "auto") -> Non
     check_layout(layout)
 
 
+def check_leaves(averaging: Averaging | Rule, layout: Layout, params: PyTree) -> None:
+    """Raises where a rule or a layout does not fit a leaf of ``params``."""
+    for name, leaf in named_leaves(params):
+        _share(averaging, name, shape_of(leaf), layout)
+
+
 def average_curvature(averaging: Averaging | Rule, diag: Any, layout: Layout = "auto") -> Any:
     r"""Averages a signed diagonal by the rule ``averaging``; the result is only used squared.
 

@@ -121,6 +121,16 @@ def test_the_optimizer_uses_the_average():
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"averaging": lambda path, shape: (5,)}, {"layout": {"dense": "HWIO"}}],
+    ids=["rule", "layout"],
+)
+def test_what_does_not_fit_a_leaf_is_refused_before_the_first_step(options):
+    with pytest.raises(ValueError, match="dense/kernel, which has shape"):
+        curvax.adahessian(0.1, **options).init({"dense": {"kernel": jnp.ones((4, 5))}})
+
+
 @pytest.mark.parametrize("share", [(2,), (0, 0), (0, -2), [0], 0, curvax.Block(2, axis=5)])
 def test_axes_that_are_not_there_are_refused(share):
     with pytest.raises(
