@@ -105,8 +105,13 @@ def test_equal_gradients_fill_a_window_of_rank_one():
     updates, state = history(tx, [row] * 40)
     square = float(optax.tree.norm(row, squared=True))
     expected = jax.tree.map(lambda g: g / (1e-5 + square), row)
-    # To the digits that float32 leaves of a singular matrix.
-    chex.assert_trees_all_close(updates[-1], expected, rtol=0.2)
+    length = optax.tree.norm(expected)
+    # Float32 leaves one digit of a singular matrix: each length scatters, their mean does not.
+    lengths = np.array([optax.tree.norm(update) / length for update in updates[-16:]])
+    np.testing.assert_allclose(lengths, 1, rtol=0.35)
+    np.testing.assert_allclose(lengths.mean(), 1, rtol=0.1)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *updates[-16:])
+    assert optax.tree.norm(optax.tree.sub(mean, expected)) < 0.1 * length
     assert bool(jnp.all(jnp.isfinite(state.gram)))
 
 
