@@ -1,5 +1,6 @@
 """The two networks of the benchmarks, as functions of parameters, in Flax."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,23 +52,29 @@ class ResNet20(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm causal attention and a feed-forward layer."""
+    """Pre-norm causal attention and a feed-forward layer, computed in ``dtype``."""
 
     heads: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype)
+
+        def norm(inputs: jax.Array) -> jax.Array:
+            return nn.LayerNorm(dtype=self.dtype)(inputs)
+
         batch, length, width = x.shape
-        q, k, v = jnp.split(nn.Dense(3 * width)(nn.LayerNorm()(x)), 3, axis=-1)
+        q, k, v = jnp.split(dense(3 * width)(norm(x)), 3, axis=-1)
         shape = (batch, length, self.heads, width // self.heads)
         q, k, v = (part.reshape(shape) for part in (q, k, v))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(width // self.heads)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // self.heads)
         causal = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9))
         attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        x = x + nn.Dense(width)(attended)
-        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
-        return x + nn.Dense(width)(hidden)
+        x = x + dense(width)(attended)
+        return x + dense(width)(nn.gelu(dense(4 * width)(norm(x))))
 
 
 class Transformer(nn.Module):
@@ -103,7 +110,7 @@ class Problem(NamedTuple):
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), statistics
 
 
-def _problem(model: nn.Module, inputs: jax.Array, targets: jax.Array) -> Problem:
+def problem_of(model: nn.Module, inputs: jax.Array, targets: jax.Array) -> Problem:
     variables = model.init(jax.random.key(0), inputs)
     params, statistics = variables["params"], variables.get("batch_stats", {})
 
@@ -119,12 +126,12 @@ def _problem(model: nn.Module, inputs: jax.Array, targets: jax.Array) -> Problem
 def resnet20(batch_size: int = 32, conv: type[nn.Module] = nn.Conv) -> Problem:
     keys = jax.random.split(jax.random.key(1))
     images = jax.random.normal(keys[0], (batch_size, 32, 32, 3))
-    return _problem(ResNet20(conv), images, jax.random.randint(keys[1], (batch_size,), 0, 10))
+    return problem_of(ResNet20(conv), images, jax.random.randint(keys[1], (batch_size,), 0, 10))
 
 
 def transformer(batch_size: int = 8, length: int = 128) -> Problem:
     tokens = jax.random.randint(jax.random.key(1), (batch_size, length + 1), 0, 256)
-    return _problem(Transformer(), tokens[:, :-1], tokens[:, 1:])
+    return problem_of(Transformer(), tokens[:, :-1], tokens[:, 1:])
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"resnet20": resnet20, "transformer": transformer}

@@ -119,14 +119,23 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
 
 def write(results: dict[str, Any], table: str, script: str, output: Path) -> None:
     """Writes results as JSON and a table under the hardware's name, and prints the table."""
-    name = f"{results['hardware']['platform']} {results['name']}"
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{script}_{slug}"
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table)
+    path = results_path(results, script, output)
+    save(results, table, path)
     print(table)
     print(f"Written to {path}.json and .md")
+
+
+def results_path(results: dict[str, Any], script: str, output: Path) -> Path:
+    """Where a script's results on this hardware go, without a suffix."""
+    name = f"{results['hardware']['platform']} {results['name']}"
+    return output / f"{script}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}"
+
+
+def save(results: dict[str, Any], table: str, path: Path) -> None:
+    """Writes the JSON and the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table)
 
 
 def _version(package: str) -> str | None:
