@@ -64,7 +64,8 @@ def _line(name: str, row: dict[str, Any], copied: float | None) -> str:
 def start_tests(log: Path) -> subprocess.Popen[bytes]:
     """The tests on the host's processors, beside the accelerator's work."""
     workers = str(max(1, (os.cpu_count() or 2) // 2 - 1))
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, *TESTS]
+    options = ("--confcutdir=tests", "-p", "no:benchmark")  # less to install, less to warn about
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, *options, *TESTS]
     quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": ""}
     with log.open("wb") as output:
         return subprocess.Popen(
