@@ -6,6 +6,7 @@ that share a key share a probe, and the product of their off-diagonal Hessian bl
 counted as diagonal.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from curvax._trees import PyTree, Tree, is_inexact, varying_like
 Distribution = Literal["rademacher", "normal"]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames="out_sharding")
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
     """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
     # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128
+_SUBSTITUTED = 16  # the largest that LAPACK solves for by a single thread, with many columns
 
 
 def cholesky_solver(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -65,21 +66,30 @@ def _padded(matrix: jax.Array, margin: int) -> jax.Array:
 def _inverse_of_lower(factor: jax.Array) -> jax.Array:
     r"""The inverse of a lower triangle whose size is a power of two, by doubling.
 
-    Given the inverses of the diagonal blocks of one size, those of twice the size have
-    $-B^{-1} C A^{-1}$ below the diagonal.
+    Blocks of 16 on the diagonal are inverted by substitution. Given the inverses of the diagonal
+    blocks of one size, those of twice the size have $-B^{-1} C A^{-1}$ below the diagonal.
     """
     size = len(factor)
-    inverses = 1 / jnp.diagonal(factor)[:, jnp.newaxis, jnp.newaxis]
+    inverses = _inverses_on_diagonal(factor, min(_SUBSTITUTED, size))
     while (side := inverses.shape[1]) < size:
-        number = size // (2 * side)
-        blocks = factor.reshape(number, 2 * side, number, 2 * side)
-        index = jnp.arange(number)
-        below = blocks[index, side:, index, :side]
+        blocks = _on_diagonal(factor, 2 * side)
         first, second = inverses[::2], inverses[1::2]
-        corner = -_product(_product(second, below), first)
-        zeros = jnp.zeros_like(corner)
-        inverses = jnp.block([[first, zeros], [corner, second]])
+        corner = -_product(_product(second, blocks[:, side:, :side]), first)
+        inverses = jnp.block([[first, jnp.zeros_like(corner)], [corner, second]])
     return inverses[0]
+
+
+def _inverses_on_diagonal(factor: jax.Array, side: int) -> jax.Array:
+    blocks = _on_diagonal(factor, side)
+    identity = jnp.broadcast_to(jnp.eye(side, dtype=factor.dtype), blocks.shape)
+    return jax.lax.linalg.triangular_solve(blocks, identity, left_side=True, lower=True)
+
+
+def _on_diagonal(matrix: jax.Array, side: int) -> jax.Array:
+    """The blocks of that size on the diagonal, stacked."""
+    number = len(matrix) // side
+    index = jnp.arange(number)
+    return matrix.reshape(number, side, number, side)[index, :, index, :]
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ class SparseWindow(NamedTuple):
             kept = kept_per_block(blocks, density)
             # Made from the leaf, so that the rows have its sharding.
             row = blocks.split(jnp.zeros_like(leaf, dtype=of_dtype))[..., :kept]
-            return jnp.broadcast_to(row[jnp.newaxis], (num_grads, *row.shape))
+            return jnp.broadcast_to(row, (num_grads, *row.shape))
 
         return cls(
             jax.tree.map(lambda leaf: zeros(leaf, row_dtype(leaf, dtype)), params),

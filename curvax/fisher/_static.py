@@ -300,7 +300,12 @@ def _all_finite(leaf: Any) -> bool:
     # Row by row, so that a memory map is never wholly in memory.
     if isinstance(leaf, np.ndarray):
         return all(bool(np.isfinite(row).all()) for row in leaf)
-    return bool(jnp.all(jnp.isfinite(leaf)))
+    return bool(_finite(leaf))
+
+
+@jax.jit
+def _finite(leaf: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(leaf))
 
 
 def _rows_not_finite(leaf: Any) -> list[int]:

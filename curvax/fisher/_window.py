@@ -102,7 +102,7 @@ def stacked_zeros(leaf: Any, number: int, dtype: Any) -> jax.Array:
     """``number`` rows of zeros with the leaf's sharding; none where it has no gradients."""
     number = number if takes_part(leaf) else 0
     zeros = jnp.zeros_like(leaf, dtype=dtype)
-    return jnp.broadcast_to(zeros[jnp.newaxis], (number, *zeros.shape))
+    return jnp.broadcast_to(zeros, (number, *zeros.shape))
 
 
 def insert_row(rows: PyTree, row: PyTree, slot: jax.Array) -> PyTree:

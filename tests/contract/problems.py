@@ -69,6 +69,7 @@ def network_params() -> PyTree:
     return {"conv": {"kernel": kernel}, "dense": small_params(), "scale": jnp.array(0.75)}
 
 
+@jax.jit
 def coupled_loss(params: PyTree, shift: jax.Array | float = 0.0) -> jax.Array:
     """A loss whose Hessian couples every pair of entries, for any tree of real leaves."""
     leaves = jax.tree.leaves(params)

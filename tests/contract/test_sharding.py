@@ -117,7 +117,7 @@ def trained(row, tx, params, images, steps):
         updates, state = tx.update(grads, state, params, **row.from_diag(diag))
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))(params)
     for _ in range(steps):
         params, state = step(params, state)
     return jax.device_get((params, optax.tree.unwrap_random_key_data(state)))

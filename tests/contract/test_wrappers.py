@@ -20,6 +20,7 @@ every_feed = pytest.mark.parametrize("feed", ["hessian_diag", "obj_fn"])
 STEPS = 3
 
 
+@jax.jit
 def rising(params, scale=1.0):
     """A tree of distinct numbers, for gradients and diagonals."""
     leaves, treedef = jax.tree.flatten(params)

@@ -10,6 +10,7 @@ from curvax.fisher._cholesky import cholesky_solver
 pytestmark = pytest.mark.oldest
 
 
+@jax.jit
 def solve(matrix, rhs):
     return cholesky_solver(matrix)(rhs)
 
@@ -24,7 +25,7 @@ def test_it_equals_a_dense_solve_in_float64(size):
     matrix = positive_definite(size)
     rhs = np.random.default_rng(1).standard_normal(size)
     with jax.enable_x64(True):
-        solution = jax.jit(solve)(jnp.asarray(matrix), jnp.asarray(rhs))
+        solution = solve(jnp.asarray(matrix), jnp.asarray(rhs))
     np.testing.assert_allclose(solution, np.linalg.solve(matrix, rhs), rtol=1e-9, atol=1e-9)
 
 

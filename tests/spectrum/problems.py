@@ -14,6 +14,7 @@ def network(params, inputs):
     return hidden @ params["second"]["kernel"]
 
 
+@jax.jit
 def loss_fn(params, inputs, targets):
     logits = network(params, inputs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
