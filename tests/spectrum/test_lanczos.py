@@ -158,7 +158,7 @@ class TestEigenpairs:
         assert (pairs.residuals <= 1e-2 * pairs.values).all()
 
     def test_a_small_basis_restarts_and_finds_the_same(self):
-        operator, matrix = hessian(hidden=30)
+        operator, matrix = hessian(hidden=20)
         pairs = spectrum.top_eigenpairs(operator, 3, key=KEY, basis_size=6, tolerance=1e-6)
         assert pairs.num_matvecs > 6
         np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(matrix)[::-1][:3], atol=1e-8)
@@ -361,7 +361,7 @@ class TestDensity:
 class TestTrace:
     @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
     def test_it_is_within_four_standard_errors_over_twenty_seeds(self, method):
-        operator, matrix = hessian(hidden=12)
+        operator, matrix = hessian(hidden=20)
         exact = np.trace(matrix)
         for seed in range(20):
             result = spectrum.trace(
