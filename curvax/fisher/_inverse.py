@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from curvax.fisher._cholesky import HIGHEST, cholesky_solver
 
 _RESIDUAL = 0.03  # relative to the right-hand side
+_ROUNDING = 0.125  # of the sum G^T x, relative to the update
 _ERROR = 0.5  # estimated, relative to the update: a larger damping errs by as much
 
 
@@ -60,10 +61,11 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
 
     The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
     $D = \operatorname{diag} K$, so that gradients of very different lengths, as in a run that
-    converges, do no harm. A solution is accepted if its residual, $c - A y$, is at most 3 % of $c$,
-    or if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise
-    $K$ is singular to working precision, and the diagonal of $A$ is raised by one machine epsilon,
-    then by four, and so on until a solution is accepted.
+    converges, do no harm. A solution is accepted if its residual, $c - A y$, is at most 3 % of $c$
+    and the sum $G^T x$ does not cancel all but a digit, or if a step of iterative refinement
+    changes $G^T x$ by less than half its length. Otherwise $K$ is singular to working precision,
+    and the diagonal of $A$ is raised by one machine epsilon, then by four, and so on until a
+    solution is accepted.
 
     Args:
       gram: $G G^T$, of shape (m, m).
@@ -92,6 +94,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
     length = jnp.max(jnp.abs(scale * rhs))
     target = scale * rhs / jnp.where(length > 0, length, 1)
     matrix = gram * scale[:, jnp.newaxis] * scale
+    norms = jnp.sqrt(jnp.diagonal(matrix))
     dampings = [0.0, *jitters(len(gram), gram.dtype)]
 
     def needs_retry(last: _Attempt) -> jax.Array:
@@ -108,7 +111,11 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
         noise = 0.5 * float(jnp.finfo(gram.dtype).eps) * solution
         squared = jnp.dot(solution, image - noise, precision=HIGHEST)
         accurate = jnp.abs(error) <= _ERROR**2 * squared
-        accurate |= jnp.sum(jnp.abs(residual)) <= _RESIDUAL * jnp.sum(jnp.abs(target))
+        # An entry of the image, g_i G^T x, is at most |G^T x| times |g_i|.
+        at_least = jnp.max(jnp.where(norms > 0, jnp.abs(image) / norms, 0))
+        rounding = float(jnp.finfo(gram.dtype).eps) * jnp.linalg.norm(norms * solution)
+        solved = jnp.sum(jnp.abs(residual)) <= _RESIDUAL * jnp.sum(jnp.abs(target))
+        accurate |= solved & (rounding <= _ROUNDING * at_least)
         return _Attempt(last.number + 1, solution, accurate)
 
     # Made from the inputs, so that under shard_map they vary over devices as the attempts do.
