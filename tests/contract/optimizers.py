@@ -100,14 +100,12 @@ ADAM = trials(Trial(300, {"learning_rate": 0.3}), Trial(2000, {"learning_rate": 
 
 ROWS = (
     adahessian("adahessian", variant=False),
-    adahessian("adahessian-power-0.5", hessian_power=0.5),
+    adahessian("adahessian-power-0.5-none", hessian_power=0.5, averaging="none"),
     adahessian("adahessian-interval-5-probes-2", update_interval=5, num_probes=2, variant=False),
-    adahessian("adahessian-clip", clip_threshold=1.0),
     # The mean along a sharded axis is a sum of as many numbers as the kernel has columns.
     adahessian("adahessian-row", averaging="row")._replace(largest_sum=3),
     adahessian("adahessian-block", averaging="block"),
-    adahessian("adahessian-none", averaging="none"),
-    adahessian("adahessian-paper", averaging="paper"),
+    adahessian("adahessian-published", averaging="paper", clip_threshold=None),
     adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
     mfac("mfac"),
     mfac("mfac-momentum-bfloat16", momentum=0.5, window_dtype="bfloat16")._replace(variant=True),
