@@ -60,11 +60,12 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The stamp .venv/.NAME says that the extras of NAME are installed.
+# The stamp .venv/.NAME says that the extras of NAME are installed. Most of their modules are never
+# imported: those that are, Python compiles then.
 $(VENV)/.examples: EXTRAS := examples
 $(VENV)/.test: EXTRAS := examples,test
 $(VENV)/.benchmarks: EXTRAS := benchmarks
 $(VENV)/.dev: EXTRAS := dev
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[$(EXTRAS)]"
 	touch $@
