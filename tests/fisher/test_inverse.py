@@ -55,6 +55,14 @@ def test_a_window_of_one_direction_takes_the_second_try_and_stays_bounded(size, 
     assert 0.5 < length < 1.5
 
 
+def test_a_right_hand_side_on_which_equal_gradients_cancel_is_solved():
+    gram = jnp.asarray(gram_of(np.tile([[3.0, 4.0]], (4, 1))))
+    rhs = jnp.array([1.0, -1.0, 0.0, 0.0])
+    solution = solve_damped_gram(gram, 0.5, rhs)
+    assert not solution.failed
+    np.testing.assert_allclose(solution.x, rhs / 0.5, atol=1e-4)
+
+
 @pytest.mark.parametrize("damage", [np.nan, np.inf])
 def test_should_every_factorization_fail_each_gradient_stands_for_itself(damage):
     gram = jnp.eye(4).at[0, 1].set(damage).at[1, 0].set(damage)
