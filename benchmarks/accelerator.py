@@ -4,8 +4,8 @@
 
 The most valuable cases come first. JSON and a table are written as each ends, so the run may be
 stopped; the next one goes on with the cases that have no numbers yet. The tests run beside it on
-the host's processors. It needs JAX, Optax and Flax, and no installed curvax: put the repository on
-the PYTHONPATH. ``--tiny`` runs everything at sizes for a test.
+the host's processors. It needs JAX, Optax, Flax, SciPy and tqdm, and no installed curvax: put the
+repository on the PYTHONPATH. ``--tiny`` runs all cases at sizes for a test.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main() -> None:
     log = path.with_name(path.name + "_tests.log")
     tests = None if args.tiny or args.no_tests else start_tests(log)
     for name, case in accelerator_cases.all_cases(args.tiny).items():
-        if name in results["cases"] or args.only not in name:
+        if "error" not in results["cases"].get(name, {"error": ""}) or args.only not in name:
             continue
         if time.monotonic() > end:
             break

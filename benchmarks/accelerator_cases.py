@@ -26,7 +26,6 @@ from curvax.fisher import DenseWindow, SparseWindow, solve_damped_gram
 PyTree = Any
 Rows = dict[str, dict[str, Any]]
 Case = Callable[[], Rows]
-HIGHEST = jax.lax.Precision.HIGHEST
 CYCLE = 4
 
 
