@@ -16,7 +16,7 @@ import scipy.linalg
 import timing
 
 from curvax.fisher import SparseWindow
-from curvax.fisher._blocks import Blocks
+from curvax.fisher.window._blocks import Blocks
 
 PyTree = Any
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -3,10 +3,9 @@
 Plain functions of gradients; nothing here depends on Optax.
 """
 
-from curvax.fisher._inverse import Solution, solve_damped_gram
-from curvax.fisher._sparse_window import SparseRow, SparseWindow
-from curvax.fisher._static import InverseFisher, inverse_fisher
-from curvax.fisher._window import DenseWindow, Window
+from curvax.fisher._damped_gram import Solution, solve_damped_gram
+from curvax.fisher.inverse import InverseFisher, inverse_fisher
+from curvax.fisher.window import DenseWindow, SparseRow, SparseWindow, Window
 
 __all__ = [
     "DenseWindow",

@@ -11,7 +11,7 @@ Where this differs from the paper and the published code, and why:
 
 * $u_t = m\, G^T x$ with $K x = e_j$, $K = m \lambda I + G G^T$: the push-through identity. It
   equals the published difference $(g - G^T c)/\lambda$ and does not cancel: in float32, at
-  $\lambda = 10^{-7}$, it has 4 to 5 more digits (`curvax.fisher._inverse`).
+  $\lambda = 10^{-7}$, it has 4 to 5 more digits (`curvax.fisher._damped_gram`).
 * $K$ is factored by Cholesky at each step and the residual checked, in place of the recurrences;
   a failure is counted, and the step retried with a larger damping.
 * A gradient that is not finite never enters the window, the momentum or the error feedback: the
@@ -39,9 +39,9 @@ from curvax._trees import (
     widen,
     widest_dtype,
 )
-from curvax.fisher._inverse import solve_damped_gram
-from curvax.fisher._sparse_window import SparseWindow
-from curvax.fisher._window import DenseWindow, Window, row_dtype
+from curvax.fisher._damped_gram import solve_damped_gram
+from curvax.fisher.window._dense import DenseWindow, Window, row_dtype
+from curvax.fisher.window._sparse import SparseWindow
 from curvax.optimizers._memory import check_window_memory
 
 Scalar = jax.typing.ArrayLike

@@ -7,7 +7,7 @@ import jax
 from curvax._checks import check_like
 from curvax._find import find_mfac
 from curvax._trees import Tree, widen
-from curvax.fisher._inverse import solve_damped_gram
+from curvax.fisher._damped_gram import solve_damped_gram
 from curvax.optimizers._mfac import ScaleByMfacState, gradient_shapes
 
 

@@ -14,7 +14,7 @@ from curvax._progress import progress_bar
 from curvax._trees import Differentiable, PyTree, Tree, is_inexact, path_name, wide_dtype, widen
 from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
-from curvax.fisher._window import insert_row, stacked_zeros
+from curvax.fisher.window._dense import insert_row, stacked_zeros
 from curvax.pruning._leaves import check_mask
 from curvax.pruning._options import Storage
 

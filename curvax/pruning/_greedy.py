@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._block_inverse import shifted, squares_of_blocks
 from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher._column_blocks import ColumnBlocks
-from curvax.fisher._columns import Columns
-from curvax.fisher._inverse_factor import inverse_factor
-from curvax.fisher._static import spans, working_dtype
+from curvax.fisher.inverse._block_diagonal import shifted, squares_of_blocks
+from curvax.fisher.inverse._column_blocks import ColumnBlocks
+from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._factor import inverse_factor
+from curvax.fisher.inverse._inverse_fisher import spans, working_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._scores import FisherOptions
 

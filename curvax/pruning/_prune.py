@@ -10,7 +10,7 @@ import numpy as np
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
 from curvax._trees import PyTree, Select, Tree
-from curvax.fisher._static import checked_leaves
+from curvax.fisher.inverse._inverse_fisher import checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._options import BlockScope, Method, Scope, Update

@@ -15,7 +15,7 @@ import numpy as np
 
 from curvax._trees import wide_dtype
 from curvax.fisher import InverseFisher
-from curvax.fisher._compensation import compensation
+from curvax.fisher.inverse._compensation import compensation
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._packing import Packing
 from curvax.pruning._scores import FisherOptions

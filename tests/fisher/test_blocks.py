@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvax.fisher._blocks import Blocks
+from curvax.fisher.window._blocks import Blocks
 
 shapes = st.lists(st.integers(1, 40), max_size=4).map(tuple) | st.sampled_from(
     [(5000,), (4099,), (300, 70), (3, 3, 40, 40), (129, 65)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from curvax.fisher import DenseWindow, SparseWindow
-from curvax.fisher._blocks import Blocks
-from curvax.fisher._sparse_window import kept_per_block
+from curvax.fisher.window._blocks import Blocks
+from curvax.fisher.window._sparse import kept_per_block
 
 from .test_window import NUM_GRADS, filled, flat, gradient, params
 

@@ -137,7 +137,7 @@ def test_blocks_over_a_mesh_equal_those_of_one_device(block_size, shape):
 
 @pytest.mark.parametrize("shape", [(1700,), (4, 425), (100,), (1, 512)])
 def test_columns_in_chunks_give_the_same_sums(shape):
-    from curvax.fisher._inverse_factor import gram, squares_below
+    from curvax.fisher.inverse._factor import gram, squares_below
 
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((512, *shape))  # 512 columns of 512 float64 make a chunk
@@ -152,7 +152,7 @@ def test_columns_in_chunks_give_the_same_sums(shape):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_gradients_stay_where_they_are(kind):
-    from curvax.fisher._inverse_factor import gram, squares_below
+    from curvax.fisher.inverse._factor import gram, squares_below
 
     axis_types = (getattr(jax.sharding.AxisType, kind),)
     mesh = jax.make_mesh((8,), ("x",), axis_types=axis_types)

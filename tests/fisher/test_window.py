@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from curvax.fisher import DenseWindow
-from curvax.fisher._window import pairwise_sum
+from curvax.fisher.window._dense import pairwise_sum
 
 pytestmark = pytest.mark.oldest
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import PyTree, Tree
-from curvax.fisher._blocks import Blocks
-from curvax.fisher._window import (
+from curvax.fisher.window._blocks import Blocks
+from curvax.fisher.window._dense import (
     insert_row,
     pairwise_sum,
     round_to,

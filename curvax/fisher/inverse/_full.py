@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher._columns import Columns
-from curvax.fisher._inverse_factor import gram, inverse_factor, squares_below
-from curvax.fisher._window import leaf_combine, leaf_dots, pairwise_sum
+from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._factor import gram, inverse_factor, squares_below
+from curvax.fisher.window._dense import leaf_combine, leaf_dots, pairwise_sum
 
 
 class Part(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 
 from curvax._checks import check_choice, check_count, check_like, check_range
 from curvax._trees import DType, PyTree, Tree, path_name
-from curvax.fisher._block_inverse import BlockInverse
-from curvax.fisher._columns import Columns
-from curvax.fisher._full_inverse import FullInverse
+from curvax.fisher.inverse._block_diagonal import BlockInverse
+from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._full import FullInverse
 
 BlockScope = Literal["tree", "leaf"]
 WorkingDtype = Literal["float32", "float64"]

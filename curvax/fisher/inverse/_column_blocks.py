@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.fisher._columns import Columns
+from curvax.fisher.inverse._columns import Columns
 
 
 class ColumnBlocks:

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._block_inverse import apply_inverse, factor_dual, factor_primal
 from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher._column_blocks import ColumnBlocks
-from curvax.fisher._columns import Columns
-from curvax.fisher._full_inverse import FullInverse
-from curvax.fisher._static import BlockScope, spans, working_dtype
+from curvax.fisher.inverse._block_diagonal import apply_inverse, factor_dual, factor_primal
+from curvax.fisher.inverse._column_blocks import ColumnBlocks
+from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._full import FullInverse
+from curvax.fisher.inverse._inverse_fisher import BlockScope, spans, working_dtype
 
 
 def compensation(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher._column_blocks import ColumnBlocks
-from curvax.fisher._columns import Columns
-from curvax.fisher._full_inverse import dual_element, guarded_diagonal
-from curvax.fisher._inverse_factor import gram, inverse_factor
+from curvax.fisher.inverse._column_blocks import ColumnBlocks
+from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._factor import gram, inverse_factor
+from curvax.fisher.inverse._full import dual_element, guarded_diagonal
 
 
 class BlockInverse:

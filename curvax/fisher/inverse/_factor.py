@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher._inverse import jitters
-from curvax.fisher._window import replicated
+from curvax.fisher._damped_gram import jitters
+from curvax.fisher.window._dense import replicated
 
 _ROW_BLOCKS = 4
 _CHUNK_BYTES = 2**21  # measured: 10 % faster than 2**23, three times as fast as no chunks

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._window import replicated
+from curvax.fisher.window._dense import replicated
 
 
 class Columns:
