@@ -1,12 +1,13 @@
 """The two dense kernels of the inverse: the Gram matrix of rows, and squares below a triangle.
 
-On a CPU a few columns are taken at a time, which stay in a processor's cache. It flattens the rows,
-which must then be on one device. An accelerator takes them as they are.
+A few columns are taken at a time. On a CPU they stay in a processor's cache. A TPU arranges rows of
+several axes anew before it multiplies them, and would copy all of them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,46 @@ from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.window._dense import replicated
 
 _ROW_BLOCKS = 4
-_CHUNK_BYTES = 2**21  # measured: 10 % faster than 2**23, three times as fast as no chunks
+_CPU_BYTES = 2**21  # measured: 10 % faster than 2**23, three times as fast as no chunks
+_ACCELERATOR_BYTES = 2**27
+
+_Kernel = Callable[..., Any]
+
+
+class Cut(NamedTuple):
+    """How rows ``(m, *shape)`` can be cut without communication between devices.
+
+    Attributes:
+      local: whether they are on one device, and may be flattened.
+      axis: the one to cut; None if each may be sharded.
+    """
+
+    local: bool
+    axis: int | None
+
+    @classmethod
+    def of(cls, rows: jax.Array) -> "Cut":
+        """From the sharding of an array, or what is known of it under a trace."""
+        axes = [axis for axis in range(1, rows.ndim) if axis not in _sharded_axes(rows)]
+        if isinstance(rows, jax.core.Tracer):
+            mesh = jax.sharding.get_abstract_mesh()
+            local = mesh.empty or mesh.are_all_axes_manual or mesh.size == 1
+            if not local and not mesh.are_all_axes_explicit:
+                axes = []
+        else:
+            local = len(rows.sharding.device_set) == 1
+        # The last axis is contiguous, so another one is cut if there is one.
+        others = [axis for axis in axes if axis < rows.ndim - 1 and rows.shape[axis] > 1]
+        best = max(others or axes, key=lambda axis: rows.shape[axis], default=None)
+        return cls(local, best)
+
+
+def _sharded_axes(rows: jax.Array) -> set[int]:
+    if isinstance(rows, jax.core.Tracer):
+        spec = jax.typeof(rows).sharding.spec
+        return {axis for axis, names in enumerate(spec) if names is not None}
+    local = rows.sharding.shard_shape(rows.shape)
+    return {axis for axis in range(rows.ndim) if local[axis] < rows.shape[axis]}
 
 
 def gram(rows: jax.Array) -> jax.Array:
@@ -27,7 +67,7 @@ def gram(rows: jax.Array) -> jax.Array:
     Returns:
       $G G^H$, of shape (m, m).
     """
-    return _gram(rows, local=is_local(rows))
+    return gram_of_cut(rows, cut=Cut.of(rows))
 
 
 def squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,43 +80,92 @@ def squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.
     Returns:
       Two real arrays of ``shape``.
     """
-    return _squares_below(triangle, rows, local=is_local(rows))
+    return squares_of_cut(triangle, rows, cut=Cut.of(rows))
 
 
-def is_local(rows: jax.Array) -> bool:
-    """Whether rows are known to be on one device, so that flattening gathers nothing."""
-    if not isinstance(rows, jax.core.Tracer):
-        return len(rows.sharding.device_set) == 1
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.are_all_axes_manual or mesh.size == 1
+@partial(jax.jit, static_argnames="cut")
+def gram_of_cut(rows: jax.Array, *, cut: Cut) -> jax.Array:
+    """As `gram`, compiled."""
 
+    def in_chunks(chunks: "_Chunks") -> jax.Array:
+        def add(index: jax.Array, total: jax.Array) -> jax.Array:
+            return total + _lower_products(chunks.at(index))
 
-def _on_cpu(local: bool, chunked: Callable[..., Any], whole: Callable[..., Any], *args: Any) -> Any:
-    if not local:
-        return whole(*args)
-    return jax.lax.platform_dependent(*args, cpu=chunked, default=whole)
+        return jax.lax.fori_loop(0, chunks.number, add, _lower_products(chunks.tail()))
 
-
-@partial(jax.jit, static_argnames="local")
-def _gram(rows: jax.Array, *, local: bool) -> jax.Array:
-    lower = _on_cpu(local, _lower_products_in_chunks, _lower_products, rows)
+    lower = _by_platform(in_chunks, _lower_products, rows, cut)
     return jnp.tril(lower) + jnp.conj(jnp.tril(lower, -1).T)
 
 
-def _lower_products_in_chunks(rows: jax.Array) -> jax.Array:
-    flat, width, number = _chunks(rows)
+@partial(jax.jit, static_argnames="cut")
+def squares_of_cut(
+    triangle: jax.Array, rows: jax.Array, *, cut: Cut
+) -> tuple[jax.Array, jax.Array]:
+    """As `squares_below`, compiled."""
 
-    def add(index: jax.Array, total: jax.Array) -> jax.Array:
-        return total + _lower_products(_chunk(flat, index, width))
+    def in_chunks(chunks: "_Chunks") -> tuple[jax.Array, jax.Array]:
+        pieces = jax.lax.map(
+            lambda index: _squares(triangle, chunks.at(index)), jnp.arange(chunks.number)
+        )
+        pairs = zip(pieces, _squares(triangle, chunks.tail()), strict=True)
+        projected, squares = (chunks.joined(piece, tail) for piece, tail in pairs)
+        return projected.reshape(rows.shape[1:]), squares.reshape(rows.shape[1:])
 
-    return jax.lax.fori_loop(0, number, add, _lower_products(flat[:, number * width :]))
+    return _by_platform(in_chunks, partial(_squares, triangle), rows, cut)
+
+
+def _by_platform(in_chunks: _Kernel, whole: _Kernel, rows: jax.Array, cut: Cut) -> Any:
+    def on_cpu(rows: jax.Array) -> Any:
+        if not cut.local:
+            return whole(rows)
+        return in_chunks(_Chunks.of(rows.reshape(len(rows), -1), 1, _CPU_BYTES))
+
+    def on_accelerator(rows: jax.Array) -> Any:
+        if cut.axis is None:
+            return whole(rows)
+        return in_chunks(_Chunks.of(rows, cut.axis, _ACCELERATOR_BYTES))
+
+    return jax.lax.platform_dependent(rows, cpu=on_cpu, default=on_accelerator)
+
+
+class _Chunks(NamedTuple):
+    """Rows cut along one of their axes into chunks of a width, and what is left."""
+
+    rows: jax.Array
+    axis: int
+    width: int
+
+    @classmethod
+    def of(cls, rows: jax.Array, axis: int, nbytes: int) -> "_Chunks":
+        size = rows.shape[axis]
+        slice_bytes = rows.dtype.itemsize * math.prod(rows.shape) // max(1, size)
+        return cls(rows, axis, max(1, min(nbytes // max(1, slice_bytes), size)))
+
+    @property
+    def number(self) -> int:
+        return self.rows.shape[self.axis] // self.width
+
+    def at(self, index: jax.Array) -> jax.Array:
+        start = index * self.width
+        return jax.lax.dynamic_slice_in_dim(self.rows, start, self.width, self.axis)
+
+    def tail(self) -> jax.Array:
+        start = self.number * self.width
+        return jax.lax.slice_in_dim(self.rows, start, self.rows.shape[self.axis], axis=self.axis)
+
+    def joined(self, pieces: jax.Array, tail: jax.Array) -> jax.Array:
+        """An array without the axis of rows, from its pieces on a new first axis."""
+        axis = self.axis - 1
+        pieces = jnp.moveaxis(pieces, 0, axis)
+        shape = (*tail.shape[:axis], self.number * self.width, *tail.shape[axis + 1 :])
+        return jnp.concatenate([pieces.reshape(shape), tail], axis=axis)
 
 
 def _lower_products(rows: jax.Array) -> jax.Array:
     """The lower triangle of the Gram matrix, and zeros or products above it."""
     axes = tuple(range(1, rows.ndim))
     blocks = []
-    for start, stop in row_blocks(len(rows)):
+    for start, stop in _row_blocks(len(rows)):
         block = jax.lax.dot_general(
             rows[start:stop],
             jnp.conj(rows[:stop]),
@@ -88,35 +177,9 @@ def _lower_products(rows: jax.Array) -> jax.Array:
     return jnp.concatenate(blocks)
 
 
-def row_blocks(size: int) -> list[tuple[int, int]]:
-    """A few slices of the rows of a triangle, to skip products that are zero or known."""
-    step = -(-size // _ROW_BLOCKS)
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-@partial(jax.jit, static_argnames="local")
-def _squares_below(
-    triangle: jax.Array, rows: jax.Array, *, local: bool
-) -> tuple[jax.Array, jax.Array]:
-    return _on_cpu(local, _squares_in_chunks, _squares, triangle, rows)
-
-
-def _squares_in_chunks(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    flat, width, number = _chunks(rows)
-    pieces = jax.lax.map(
-        lambda index: _squares(triangle, _chunk(flat, index, width)), jnp.arange(number)
-    )
-    tail = _squares(triangle, flat[:, number * width :])
-    projected, squares = (
-        jnp.concatenate([piece.reshape(-1), end]).reshape(rows.shape[1:])
-        for piece, end in zip(pieces, tail, strict=True)
-    )
-    return projected, squares
-
-
 def _squares(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = jnp.zeros_like(rows[0], jnp.finfo(rows.dtype).dtype)
-    for start, stop in row_blocks(len(rows)):
+    for start, stop in _row_blocks(len(rows)):
         part = jax.lax.dot_general(
             triangle[start:stop, :stop], rows[:stop], (((1,), (0,)), ((), ())), precision=HIGHEST
         )
@@ -124,17 +187,11 @@ def _squares(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array
     return total, _sum_of_squares(rows)
 
 
+def _row_blocks(size: int) -> list[tuple[int, int]]:
+    """A few slices of the rows of a triangle, to skip products that are zero or known."""
+    step = -(-size // _ROW_BLOCKS)
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
 def _sum_of_squares(rows: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(jnp.abs(rows)), axis=0)
-
-
-def _chunks(rows: jax.Array) -> tuple[jax.Array, int, int]:
-    """The rows as a matrix, and the width and the number of its whole chunks of columns."""
-    flat = rows.reshape(len(rows), -1)
-    width = max(1, _CHUNK_BYTES // (len(rows) * rows.dtype.itemsize))
-    width = min(width, flat.shape[1])
-    return flat, width, flat.shape[1] // width
-
-
-def _chunk(flat: jax.Array, index: jax.Array, width: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(flat, index * width, width, axis=1)
