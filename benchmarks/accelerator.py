@@ -30,7 +30,7 @@ TESTS = ("tests/golden", "tests/contract", "tests/optimizers", "tests/fisher")
 
 
 def table(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items() if found)
     command = "python benchmarks/accelerator.py"
     lines = [f"Measured on {results['name']} by `{command}` ({versions}, {results['date']})."]
     copied = results["cases"].get("copy", {}).get("copy", {}).get("gigabytes_per_s")
@@ -49,8 +49,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _line(name: str, row: dict[str, Any], copied: float | None) -> str:
     if "median_s" not in row:
-        error = row.get("relative_error")
-        text = f"error {error:.1e}" if error is not None else row.get("skipped") or row["error"]
+        text = row.get("error") or row.get("skipped") or _numbers(row)
         return f"| {name} | {text.splitlines()[0]} | | | | | |"
     speed = row.get("gigabytes_per_s")
     cells = [
@@ -61,6 +60,12 @@ def _line(name: str, row: dict[str, Any], copied: float | None) -> str:
         *(f"{row[key] / 1e6:.1f}" if row.get(key) is not None else "" for key in MEMORY),
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    """What a row that is no time holds, such as the results of a training run."""
+    shown = {key: f"{x:.3g}" if isinstance(x, float) else x for key, x in row.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def start_tests(log: Path) -> subprocess.Popen[bytes]:
