@@ -50,7 +50,8 @@ def table(results: dict[str, Any]) -> str:
 def _line(name: str, row: dict[str, Any], copied: float | None) -> str:
     if "median_s" not in row:
         text = row.get("error") or row.get("skipped") or _numbers(row)
-        return f"| {name} | {text.splitlines()[0]} | | | | | |"
+        first_line, _, _ = text.partition("\n")
+        return f"| {name} | {first_line} | | | | | |"
     speed = row.get("gigabytes_per_s")
     cells = [
         f"{row['median_s'] * 1e3:.3g}",
