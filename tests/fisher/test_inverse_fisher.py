@@ -13,19 +13,13 @@ NUM_GRADS = 7
 DAMPING = 0.03
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.0, 0.25, 1.25])
 
+BOTH = {"centered": True, "weights": WEIGHTS}
 KINDS = {
     "plain": {},
     "weighted": {"weights": WEIGHTS},
-    "centered": {"centered": True},
-    "centered and weighted": {"centered": True, "weights": WEIGHTS},
     "complex": {},
-    "complex, centered and weighted": {"centered": True, "weights": WEIGHTS},
-    "real part": {"real_part": True},
-    "real part, centered and weighted": {
-        "real_part": True,
-        "centered": True,
-        "weights": WEIGHTS,
-    },
+    "complex, centered and weighted": BOTH,
+    "real part, centered and weighted": {**BOTH, "real_part": True},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # The whole matrix in sample space; blocks in that of the gradients; larger ones in sample space.
@@ -140,7 +134,7 @@ def test_quadratic_form_and_determinant(kind, block_size):
     np.testing.assert_allclose(inverse.logdet(), np.linalg.slogdet(F)[1], rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["plain", "centered and weighted", "complex", "real part"])
+@pytest.mark.parametrize("kind", ["plain", "complex, centered and weighted"])
 @every_block_size
 def test_samples_have_the_inverse_as_their_covariance(kind, block_size):
     inverse, F = case(kind, block_size)
@@ -154,7 +148,7 @@ def test_samples_have_the_inverse_as_their_covariance(kind, block_size):
     assert np.abs(white.mean(axis=0)).max() < 5 / np.sqrt(number)
 
 
-@pytest.mark.parametrize("kind", ["plain", "complex, centered and weighted", "real part"])
+@pytest.mark.parametrize("kind", ["plain", "real part, centered and weighted"])
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_gradients_of_the_host_give_the_same(kind, block_size):
     grads = gradients(kind)
@@ -173,7 +167,7 @@ def test_gradients_of_the_host_give_the_same(kind, block_size):
         np.testing.assert_allclose(flat(ours, 0), flat(theirs, 0), rtol=1e-9, atol=1e-12)
 
 
-def one_direction(seed=0, number=128, size=4000):
+def one_direction(seed=0, number=128, size=2000):
     """Rows that share a mean ten times longer than what they differ in: ill-conditioned."""
     rng = np.random.default_rng(seed)
     mean = rng.standard_normal(size)
@@ -181,9 +175,9 @@ def one_direction(seed=0, number=128, size=4000):
     return (mean / np.linalg.norm(mean) + noise).astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("damping", [1e-4, 1e-5, 1e-6, 1e-7])
-@pytest.mark.parametrize("block_size", [None, 1000])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("damping", [1e-5, 1e-7])
+@pytest.mark.parametrize("block_size", [None, 500])
 def test_in_float32_sample_space_loses_no_digits(damping, seed, block_size):
     rows = one_direction(seed)
     samples = np.random.default_rng(seed + 1).standard_normal(128).astype(np.float32)
@@ -201,8 +195,8 @@ def test_in_float32_sample_space_loses_no_digits(damping, seed, block_size):
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("damping", [1e-3, 1e-5, 1e-7])
-@pytest.mark.parametrize("block_size", [None, 1000])
+@pytest.mark.parametrize("damping", [1e-3, 1e-7])
+@pytest.mark.parametrize("block_size", [None, 500])
 def test_in_float32_a_product_is_as_good_as_its_rounded_vector(damping, block_size):
     rows = one_direction()
     G = rows.astype(np.float64)
@@ -210,8 +204,8 @@ def test_in_float32_a_product_is_as_good_as_its_rounded_vector(damping, block_si
     vector = G.T @ samples
     inverse = curvax.inverse_fisher(jnp.asarray(rows), damping, block_size=block_size)
     found = np.asarray(inverse.solve(vector.astype(np.float32)), np.float64)
-    blocks = np.arange(4000) // (block_size or 4000)
-    F = np.where(blocks[:, np.newaxis] == blocks, G.T @ G / 128, 0) + damping * np.eye(4000)
+    blocks = np.arange(2000) // (block_size or 2000)
+    F = np.where(blocks[:, np.newaxis] == blocks, G.T @ G / 128, 0) + damping * np.eye(2000)
     exact = np.linalg.solve(F, np.stack([vector, vector.astype(np.float32)], axis=1)).T
     from_rounding = np.linalg.norm(exact[1] - exact[0])
     from_product = np.linalg.norm(found - exact[1])
@@ -229,7 +223,7 @@ class TestBadInput:
         inverse, _ = case("plain", None)
         with pytest.raises(ValueError, match="samples must be real"):
             inverse.solve_in_sample_space(1j * np.ones(NUM_GRADS))
-        for kind in ("plain", "real part"):
+        for kind in ("plain", "real part, centered and weighted"):
             inverse, _ = case(kind, None)
             for product in (inverse.solve, inverse.quadratic_form):
                 with pytest.raises(ValueError, match="the vector must be real"):
