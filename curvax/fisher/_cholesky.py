@@ -215,8 +215,9 @@ def _inverse_of_lower(factor: jax.Array) -> jax.Array:
     """The inverse of lower triangles, of shape (..., k, k)."""
     if factor.ndim > 2:
         return _by_substitution(factor)
-    # Threads of LAPACK would busy-wait after the whole substitution too.
-    return jax.lax.platform_dependent(factor, cpu=_by_doubling, default=_by_substitution)
+    # Threads of LAPACK would busy-wait after the whole substitution too, and a GPU is quicker with
+    # products; a TPU is 30 times as quick with the substitution.
+    return jax.lax.platform_dependent(factor, tpu=_by_substitution, default=_by_doubling)
 
 
 def _by_substitution(factor: jax.Array) -> jax.Array:
