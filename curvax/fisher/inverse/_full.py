@@ -119,7 +119,7 @@ class FullInverse:
     def _weights(self, vectors: Sequence[jax.Array]) -> jax.Array:
         """$K^{-1} G v$."""
         sums = [leaf_dots(part.rows, part.of(vectors[part.leaf])) for part in self._parts()]
-        products = pairwise_sum(jnp.concatenate(sums, axis=1))
+        products = pairwise_sum(jnp.stack(sums, axis=1))
         return _apply(self._factor.T, _apply(self._factor, products))
 
     def diagonal(self) -> list[jax.Array]:
