@@ -53,6 +53,31 @@ def test_products_are_those_of_the_rows_that_were_kept(dtype):
     assert np.linalg.norm(flat(combined) - expected) < 3e-7 * np.linalg.norm(expected)
 
 
+def test_a_row_that_is_not_accepted_leaves_the_window_as_it_was():
+    window, _ = filled(SparseWindow.empty(params(), NUM_GRADS, None, density=0.1))
+    row, _ = window.compress(gradient(7))
+    chex.assert_trees_all_equal(window.push(row, jnp.int32(2), jnp.bool_(False)), window)
+
+
+@pytest.mark.parametrize("number", [1, 128, 200, 300])
+def test_rows_are_read_in_chunks_whatever_their_number(number):
+    leaf = jnp.asarray(np.random.default_rng(0).standard_normal(number * 24).reshape(-1, 24))
+    window = SparseWindow.empty(leaf[0], number, None, density=0.5)
+    push = jax.jit(lambda window, grad, slot: window.push(window.compress(grad)[0], slot))
+    kept = []
+    for slot in range(number):
+        window = push(window, leaf[slot], slot)
+        kept.append(window.compress(leaf[slot])[1])
+    rows = np.stack(kept)
+    np.testing.assert_allclose(
+        window.dots(leaf[0], jnp.float32), rows @ leaf[0], rtol=1e-5, atol=1e-5
+    )
+    weights = jnp.arange(1.0, number + 1)
+    np.testing.assert_allclose(
+        window.combine(weights, leaf[0]), weights @ rows, rtol=1e-4, atol=1e-3
+    )
+
+
 def test_at_density_one_it_is_the_dense_window():
     sparse, rows = filled(SparseWindow.empty(params(), NUM_GRADS, None, density=1.0))
     dense, dense_rows = filled(DenseWindow.empty(params(), NUM_GRADS, None))

@@ -5,13 +5,13 @@ and in large leaves for one entry of each block at a time.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 _MOST_ROWS = 128  # a TPU reads as many at once
-_MOST_ENTRIES = 2**21  # enough to keep a GPU busy
+_MOST_ENTRIES = 2**23  # at once: a few hundred megabytes with the indices that XLA makes
 
 
 class Chunks(NamedTuple):
@@ -37,19 +37,40 @@ class Chunks(NamedTuple):
     def _num_rows(self) -> int:
         return self.values.shape[-1]
 
+    def insert(self, row: tuple[jax.Array, jax.Array], slot: jax.Array, accept: Any) -> Self:
+        """The rows with ``row`` in ``slot`` if ``accept``, in place.
+
+        A chunk is written, not a row: for a row TPUs would choose a layout that suits no reading.
+        """
+        index = slot // self.size
+        hit = (self._first_row(index) + jnp.arange(self.size) == slot) & accept
+
+        def insert(kept: jax.Array, new: jax.Array) -> jax.Array:
+            start = self._first_row(index)
+            old = jax.lax.dynamic_slice_in_dim(kept, start, self.size, axis=-1)
+            chunk = jnp.where(hit, new[..., jnp.newaxis], old)
+            return jax.lax.dynamic_update_slice_in_dim(kept, chunk, start, axis=-1)
+
+        return type(self)(*map(insert, self, row))
+
     def accumulate(
         self,
         add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         start: jax.Array,
         index: jax.Array,
+        *,
+        in_cache: bool,
     ) -> jax.Array:
-        """``add(total, values, positions)`` over the entries of a chunk, from ``start``."""
+        """``add(total, values, positions)`` over the entries of a chunk, from ``start``.
+
+        One entry of each block at a time ``in_cache``, as CPUs like it, or if all are too many.
+        """
 
         def add_slots(total: jax.Array, first: jax.Array | int, number: int) -> jax.Array:
             return add(total, *(self._read(leaf, first, number, index) for leaf in self))
 
         slots = len(self.values)
-        if self.values.size // self._num_rows * self.size <= _MOST_ENTRIES:
+        if not in_cache and self.values.size // self._num_rows * self.size <= _MOST_ENTRIES:
             return add_slots(start, 0, slots)
         return jax.lax.fori_loop(0, slots, lambda slot, total: add_slots(total, slot, 1), start)
 

@@ -30,11 +30,11 @@ _NARROW = 256  # rows; a flat leaf of no more is also summed as a whole
 class Window(Protocol):
     """What M-FAC needs from the rows it keeps."""
 
-    def compress(self, grads: Tree) -> tuple[object, Tree]:
+    def compress(self, grads: Tree, *, recall: float = 1.0) -> tuple[object, Tree]:
         """The row that represents ``grads``, as `push` takes it and as a tree like params."""
 
-    def push(self, row: Any, slot: jax.Array) -> Self:
-        """The window with ``row`` in place of the one in ``slot``."""
+    def push(self, row: Any, slot: jax.Array, accept: Any = True) -> Self:
+        """The window with ``row`` in place of the one in ``slot``, if ``accept``."""
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         """$G v$, of shape (m,), summed in ``dtype``."""
@@ -62,15 +62,19 @@ class DenseWindow(NamedTuple):
 
         return cls(jax.tree.map(rows, params))
 
-    def compress(self, grads: Tree) -> tuple[Tree, Tree]:
+    def compress(self, grads: Tree, *, recall: float = 1.0) -> tuple[Tree, Tree]:
+        del recall  # all entries are kept
+
         def rounded(grad: jax.Array, rows: jax.Array) -> jax.Array:
             return round_to(grad, rows.dtype) if len(rows) else jnp.zeros_like(grad)
 
         row = jax.tree.map(rounded, grads, self.rows)
         return row, row
 
-    def push(self, row: PyTree, slot: jax.Array) -> Self:
-        return self._replace(rows=insert_row(self.rows, row, slot))
+    def push(self, row: PyTree, slot: jax.Array, accept: Any = True) -> Self:
+        # Inside a conditional XLA writes the row in place; on a CPU a select copies the window.
+        rows = jax.lax.cond(accept, insert_row, lambda rows, *_: rows, self.rows, row, slot)
+        return self._replace(rows=rows)
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         pairs = zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True)

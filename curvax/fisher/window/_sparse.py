@@ -5,7 +5,9 @@ rest goes into the optimizer's error feedback, so that over time every entry cou
 1 % a gradient takes 0.06 bytes an entry instead of 4.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -21,6 +23,7 @@ from curvax.fisher.window._dense import (
     stacked_zeros,
     takes_part,
 )
+
 
 class SparseRow(NamedTuple):
     """The entries of one gradient: trees like params of shape ``(k, *grid)``."""
@@ -44,7 +47,6 @@ class SparseWindow(NamedTuple):
     @classmethod
     def empty(cls, params: PyTree, num_grads: int, dtype: Any | None, density: float) -> Self:
         """A window of zeros; in the params' dtypes, float32 or wider, if ``dtype`` is None."""
-
         for name, leaf in named_leaves(params):
             if takes_part(leaf):
                 Blocks.of(shape_of(leaf)).check_devices(name, _sharding(leaf))
@@ -63,10 +65,11 @@ class SparseWindow(NamedTuple):
             jax.tree.map(lambda leaf: zeros(leaf, jnp.int16), params),
         )
 
-    def compress(self, grads: Tree) -> tuple[SparseRow, Tree]:
+    def compress(self, grads: Tree, *, recall: float = 1.0) -> tuple[SparseRow, Tree]:
+        """The row for ``grads``; below a ``recall`` of 1 TPUs may miss some of the largest."""
         leaves, treedef = jax.tree.flatten(grads)
         parts = [
-            _largest(leaf, rows) if rows.size else _empty_row(leaf, rows)
+            _largest(leaf, rows, recall) if rows.size else _empty_row(leaf, rows)
             for leaf, rows in zip(leaves, jax.tree.leaves(self.values), strict=True)
         ]
         values, positions, kept = (
@@ -74,13 +77,18 @@ class SparseWindow(NamedTuple):
         )
         return SparseRow(values, positions), kept
 
-    def push(self, row: SparseRow, slot: jax.Array) -> Self:
-        def insert(kept: jax.Array, new: jax.Array) -> jax.Array:
-            if not kept.size:
-                return kept
-            return jax.lax.dynamic_update_index_in_dim(kept, new, slot, axis=-1)
+    def push(self, row: SparseRow, slot: jax.Array, accept: Any = True) -> Self:
+        def insert(rows: Chunks, new: tuple[jax.Array, jax.Array]) -> Chunks:
+            return rows.insert(new, slot, accept) if rows.values.size else rows
 
-        return jax.tree.map(insert, self, type(self)(*row))
+        leaves = [
+            insert(Chunks(*leaf[:2]), leaf[2:])
+            for leaf in zip(*map(jax.tree.leaves, (*self, *row)), strict=True)
+        ]
+        treedef = jax.tree.structure(self.values)
+        return type(self)(
+            *(jax.tree.unflatten(treedef, part) for part in zip(*leaves, strict=True))
+        )
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         leaves = [leaf for leaf in jax.tree.leaves(vector) if takes_part(leaf)]
@@ -109,12 +117,27 @@ class SparseWindow(NamedTuple):
 def _dots(rows: list[Chunks], vector: list[jax.Array]) -> jax.Array:
     """Products of the rows with a vector in blocks, of shape (m,)."""
     # Blocks are summed after the loops, so that devices communicate once, not once a chunk.
-    sums = [_block_sums(*leaf) for leaf in zip(rows, vector, strict=True)]
+    sums = [_by_platform(_block_sums, *leaf) for leaf in zip(rows, vector, strict=True)]
     totals = [jnp.sum(leaf, axis=tuple(range(1, leaf.ndim - 1))) for leaf in sums]
     return rows[0].joined(pairwise_sum(jnp.stack(totals, axis=-1)))
 
 
-def _block_sums(rows: Chunks, blocks: jax.Array) -> jax.Array:
+@jax.jit
+def _combination(weights: jax.Array, rows: list[Chunks], zeros: list[jax.Array]) -> list[jax.Array]:
+    """The weighted sum of the rows, in blocks."""
+    pairs = zip(rows, zeros, strict=True)
+    return [_by_platform(_leaf_combination, *pair, weights) for pair in pairs]
+
+
+def _by_platform(function: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=functools.partial(function, in_cache=True),
+        default=functools.partial(function, in_cache=False),
+    )
+
+
+def _block_sums(rows: Chunks, blocks: jax.Array, *, in_cache: bool) -> jax.Array:
     """Products of the rows with each block, of shape ``(number, *grid, size)``."""
 
     def add(total: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
@@ -122,27 +145,23 @@ def _block_sums(rows: Chunks, blocks: jax.Array) -> jax.Array:
 
     # Made from the rows, so that it has their sharding.
     zeros = jnp.zeros_like(rows.values[0, ..., : rows.size], dtype=blocks.dtype)
-    return jax.lax.map(
-        lambda index: rows.accumulate(add, zeros, index), jnp.arange(rows.number)
-    )
+
+    def chunk_sums(index: jax.Array) -> jax.Array:
+        return rows.accumulate(add, zeros, index, in_cache=in_cache)
+
+    return jax.lax.map(chunk_sums, jnp.arange(rows.number))
 
 
-@jax.jit
-def _combination(
-    weights: jax.Array, rows: list[Chunks], zeros: list[jax.Array]
-) -> list[jax.Array]:
-    """The weighted sum of the rows, in blocks."""
-    return [_leaf_combination(weights, *leaf) for leaf in zip(rows, zeros, strict=True)]
-
-
-def _leaf_combination(weights: jax.Array, rows: Chunks, zeros: jax.Array) -> jax.Array:
+def _leaf_combination(
+    rows: Chunks, zeros: jax.Array, weights: jax.Array, *, in_cache: bool
+) -> jax.Array:
     def add_chunk(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         weight = rows.weights(weights, index)
 
         def add(total: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
             return _add_at(total, positions, weight * values.astype(weight.dtype))
 
-        return rows.accumulate(add, total, index), None
+        return rows.accumulate(add, total, index, in_cache=in_cache), None
 
     return jax.lax.scan(add_chunk, zeros, jnp.arange(rows.number))[0]
 
@@ -155,13 +174,15 @@ def kept_per_block(blocks: Blocks, density: float) -> int:
     return max(1, math.floor(density * mean_size + 1e-9))
 
 
-@jax.jit
-def _largest(grad: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _largest(
+    grad: jax.Array, rows: jax.Array, recall: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest entries of each block, where they are, and the leaf that holds only them."""
     layout = Blocks.of(grad.shape)
     blocks = layout.split(grad)
     # With a recall of one this is the exact top-k, and unlike lax.top_k it gathers no shards.
-    _, positions = jax.lax.approx_max_k(jnp.abs(blocks), len(rows), recall_target=1.0)
+    _, positions = jax.lax.approx_max_k(jnp.abs(blocks), len(rows), recall_target=recall)
     positions = jnp.moveaxis(positions, -1, 0)
     values = round_to(_take(blocks, positions), rows.dtype)
     kept = _add_at(jnp.zeros_like(blocks), positions, values.astype(blocks.dtype))
