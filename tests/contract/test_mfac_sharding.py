@@ -91,9 +91,8 @@ def test_init_refuses_blocks_that_would_lie_on_several_devices(kind):
         assert state.window.values["kernel"].sharding.shard_shape((1, 8, 8, 4)) == (1, 8, 1, 4)
         odd = jax.make_mesh((5,), ("y",), axis_types=(AXIS_TYPES[kind],), devices=jax.devices()[:5])
     with jax.set_mesh(odd):
-        params = {
-            "kernel": jax.device_put(jax.numpy.ones((8, 40)), jax.NamedSharding(odd, P(None, "y")))
-        }
+        spec = jax.NamedSharding(odd, P(None, "y"))
+        params = {"kernel": jax.device_put(jax.numpy.ones((8, 40)), spec)}
         with pytest.raises(ValueError, match=r"Axis 1 of kernel.*cut into 8, which 5 devices"):
             tx.init(params)
 

@@ -69,13 +69,11 @@ def test_rows_are_read_in_chunks_whatever_their_number(number):
         window = push(window, leaf[slot], slot)
         kept.append(window.compress(leaf[slot])[1])
     rows = np.stack(kept)
-    np.testing.assert_allclose(
-        window.dots(leaf[0], jnp.float32), rows @ leaf[0], rtol=1e-5, atol=1e-5
-    )
+    products = window.dots(leaf[0], jnp.float32)
+    np.testing.assert_allclose(products, rows @ leaf[0], rtol=1e-5, atol=1e-5)
     weights = jnp.arange(1.0, number + 1)
-    np.testing.assert_allclose(
-        window.combine(weights, leaf[0]), weights @ rows, rtol=1e-4, atol=1e-3
-    )
+    combined = window.combine(weights, leaf[0])
+    np.testing.assert_allclose(combined, weights @ rows, rtol=1e-4, atol=1e-3)
 
 
 def test_at_density_one_it_is_the_dense_window():

@@ -46,10 +46,11 @@ class Chunks(NamedTuple):
         hit = (self._first_row(index) + jnp.arange(self.size) == slot) & accept
 
         def insert(kept: jax.Array, new: jax.Array) -> jax.Array:
-            start = self._first_row(index)
-            old = jax.lax.dynamic_slice_in_dim(kept, start, self.size, axis=-1)
-            chunk = jnp.where(hit, new[..., jnp.newaxis], old)
-            return jax.lax.dynamic_update_slice_in_dim(kept, chunk, start, axis=-1)
+            start, bits = self._first_row(index), _as_bits(kept)
+            old = jax.lax.dynamic_slice_in_dim(bits, start, self.size, axis=-1)
+            chunk = jnp.where(hit, _as_bits(new)[..., jnp.newaxis], old)
+            bits = jax.lax.dynamic_update_slice_in_dim(bits, chunk, start, axis=-1)
+            return jax.lax.bitcast_convert_type(bits, kept.dtype)
 
         return type(self)(*map(insert, self, row))
 

@@ -100,12 +100,14 @@ class SparseWindow(NamedTuple):
     def combine(self, weights: jax.Array, like: Tree) -> Tree:
         leaves, treedef = jax.tree.flatten(like)
         wide = [jnp.zeros_like(leaf, dtype=weights.dtype) for leaf in leaves]
-        chosen = [leaf for leaf in wide if takes_part(leaf)]
+        pairs = zip(leaves, wide, strict=True)
+        chosen = [zeros for leaf, zeros in pairs if takes_part(leaf)]
         layouts = [Blocks.of(leaf.shape) for leaf in chosen]
         zeros = [layout.split(leaf) for layout, leaf in zip(layouts, chosen, strict=True)]
         total = _combination(weights, self._rows(), zeros)
         joined = iter(layout.join(blocks) for layout, blocks in zip(layouts, total, strict=True))
-        combined = [next(joined) if takes_part(leaf) else leaf for leaf in wide]
+        pairs = zip(leaves, wide, strict=True)
+        combined = [next(joined) if takes_part(leaf) else zeros for leaf, zeros in pairs]
         return jax.tree.unflatten(treedef, combined)
 
     def _rows(self) -> list[Chunks]:
