@@ -150,7 +150,7 @@ class FullInverse:
         """$G v$."""
         parts = self.columns.parts(self.workspace_bytes)
         sums = [leaf_dots(part.rows, part.of(vectors[part.leaf])) for part in parts]
-        return pairwise_sum(jnp.concatenate(sums, axis=1))
+        return pairwise_sum(jnp.stack(sums, axis=1))
 
     def _combine(
         self, weights: jax.Array, kept: tuple[jax.Array, ...] | None = None
