@@ -64,8 +64,7 @@ def case(request):
 def params(request, case):
     mesh = make_mesh(case.topology, tuple(case.mesh.values()), tuple(case.mesh), request.param)
     return {
-        name: array(shape, NamedSharding(mesh, spec))
-        for name, (shape, spec) in case.leaves.items()
+        name: array(shape, NamedSharding(mesh, spec)) for name, (shape, spec) in case.leaves.items()
     }
 
 
