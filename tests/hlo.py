@@ -15,6 +15,7 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)(?:[a-z]\w*)?\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
@@ -68,10 +69,20 @@ def instructions(program: str) -> list[Instruction]:
         for found in computations[name]:
             text, opcode = found.string, found["opcode"]
             yield Instruction(found["name"], opcode, found["result"], text, runs, always)
-            trips = _TRIPS.search(text) if opcode == "while" else None
-            sure = always and opcode != "conditional" and (opcode != "while" or bool(trips))
+            turns = turns_of_loop(text) if opcode == "while" else 1
+            sure = always and opcode != "conditional" and turns is not None
             for called in _called(text):
-                yield from walk(called, runs * (int(trips[1]) if trips else 1), sure)
+                yield from walk(called, runs * (turns or 1), sure)
+
+    def turns_of_loop(text: str) -> int | None:
+        """How often a loop turns: known if it counts to a constant and nothing else ends it."""
+        if trips := _TRIPS.search(text):
+            return int(trips[1])
+        condition = computations[re.search(r"condition=%?([\w.\-]+)", text)[1]]
+        limits = [_LIMIT.search(found.string) for found in condition]
+        bounds = [int(limit[1]) for limit in limits if limit]
+        counts = condition[-1]["opcode"] == "compare" and "direction=LT" in condition[-1].string
+        return bounds[0] if counts and len(bounds) == 1 else None
 
     return list(walk(entry, 1, True))
 

@@ -1,15 +1,17 @@
-"""The TPU compiler without a TPU: programs for chips that are only described."""
+"""The TPU compiler without a TPU: programs for chips that are only described.
+
+It is part of libtpu. Set ``JAX_PLATFORMS=cpu``, or JAX looks for TPUs of this machine first.
+"""
 
 import functools
 import importlib.metadata
-import importlib.util
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,25 +19,26 @@ from jax.sharding import PartitionSpec as P
 import curvax
 from tests.contract.meshes import AXIS_TYPES
 
-if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("these tests need libtpu: make test-tpu", allow_module_level=True)
-
 PyTree = Any
+
+# What libtpu looks for when it is loaded. A machine that has TPUs must find its own.
+if jax.config.jax_platforms == "cpu":
+    for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # workers of pytest-xdist
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 @functools.cache
 def chips(topology: str) -> tuple[Any, ...]:
     """The devices of a topology, as ``v5e:2x4``."""
-    try:
-        described = topologies.get_topology_desc(topology_name=topology, platform="tpu")
-    except Exception as error:
-        pytest.fail(
-            f"libtpu {importlib.metadata.version('libtpu')} does not describe {topology} to jaxlib "
-            f"{importlib.metadata.version('jaxlib')}; `pip show jax` names the libtpu that fits, "
-            f"in the extra jax[tpu]. It says: {error}",
-            pytrace=False,
-        )
-    return tuple(described.devices)
+    return tuple(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
 
 
 def make_mesh(
@@ -82,3 +85,20 @@ def compiled(
             return jax.jit(fun, donate_argnums=donate).lower(*args).compile()
     finally:
         jax.config.update("jax_optimization_level", previous)
+
+
+def trouble() -> str | None:
+    """Why nothing can be compiled here, if so."""
+    try:
+        libtpu = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "libtpu is not installed: run `make test-tpu`."
+    try:
+        compiled(lambda x: x + 1, array((8,), one_chip()))
+    except Exception as error:
+        jaxlib = importlib.metadata.version("jaxlib")
+        return (
+            f"libtpu {libtpu} does not compile for jaxlib {jaxlib}; the extra tpu of jax names one "
+            f"that fits (`pip show -v jax`). It says: {error}"
+        )
+    return None

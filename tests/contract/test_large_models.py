@@ -1,4 +1,4 @@
-"""A model of seven billion parameters on large meshes: each device holds its share of the state.
+"""A model of seven billion parameters: what its states take, and each device's share of them.
 
 Arithmetic alone: the devices need not exist, and nothing is compiled.
 """
@@ -71,3 +71,13 @@ def test_a_state_takes_the_bytes_that_are_documented(optimizer, bytes_a_paramete
 
 def test_the_model_has_seven_billion_parameters():
     assert NUM_PARAMS == 6_738_415_616
+
+
+@every_optimizer
+def test_an_update_counts_beyond_the_integers_of_32_bits(optimizer):
+    tx, params = OPTIMIZERS[optimizer], llama()
+    state = jax.eval_shape(tx.init, params)
+    curvature = {"hessian_diag": params} if optimizer == "adahessian" else {}
+    updates, new_state = jax.eval_shape(tx.update, params, state, params, **curvature)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
