@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def make_mesh(
 
 def one_chip() -> NamedSharding:
     """Where everything is on one chip of a v5e."""
-    return NamedSharding(make_mesh("v5e:1x1", (1,), ("x",)), P())
+    return NamedSharding(Mesh(np.array(chips("v5e:2x2")[:1]), ("x",)), P())
 
 
 def array(
@@ -93,12 +94,23 @@ def trouble() -> str | None:
         libtpu = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return "libtpu is not installed: run `make test-tpu`."
+    named = _libtpu_of_jax()
+    # An older one may crash; newer ones understand what JAX hands them for half a year.
+    if _numbers(libtpu) < _numbers(named):
+        return f"libtpu {libtpu} is older than the {named} that the installed JAX asks for."
     try:
         compiled(lambda x: x + 1, array((8,), one_chip()))
     except Exception as error:
-        jaxlib = importlib.metadata.version("jaxlib")
-        return (
-            f"libtpu {libtpu} does not compile for jaxlib {jaxlib}; the extra tpu of jax names one "
-            f"that fits (`pip show -v jax`). It says: {error}"
-        )
+        return f"libtpu {libtpu} does not compile for a JAX that asks for {named}: {error}"
     return None
+
+
+def _libtpu_of_jax() -> str:
+    """The version that JAX's extra for TPUs names."""
+    requirements = importlib.metadata.requires("jax") or []
+    found = (re.match(r"libtpu==([\d.]+)", requirement) for requirement in requirements)
+    return next((version[1].rstrip(".") for version in found if version), "0")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]

@@ -89,6 +89,10 @@ def test_adahessian_gathers_at_most_twice_what_adam_does(mesh, dtype):
     assert gathered(adahessian, mesh, dtype) <= 2 * gathered(adam, mesh, dtype)
 
 
+def test_a_probe_of_float32_weights_travels_as_bytes():
+    assert gathered(adahessian, "both", "float32") <= 1.25 * gathered(adam, "both", "float32")
+
+
 DENSE, LOW, SPARSE = mfac(), mfac(window_dtype="bfloat16"), mfac(density=0.01)
 
 
