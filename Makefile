@@ -28,7 +28,7 @@ test: $(VENV)/.test
 # Programs compiled for TPUs, on a machine without any. The compiler has an environment of its own:
 # where it is installed, JAX looks for TPUs and complains that there are none.
 test-tpu: .venv-tpu/.ready
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) tests/tpu $(ARGS)
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/tpu $(ARGS)
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)

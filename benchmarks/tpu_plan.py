@@ -10,6 +10,7 @@ The model's layers are one scan, so that their number makes little difference to
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,15 +135,15 @@ def summed(row: dict[str, Any]) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     size = f"{results['parameters'] / 1e9:.2f} billion parameters, {results['layers']} layers"
     lines = [
-        f"A training step of {size}, compiled for pods by `make bench-tpu` ({versions}, "
-        f"{results['date']}). Gigabytes a chip and step; what is gathered or summed over Adam's in "
-        "parentheses.",
+        f"A training step of {size}, compiled for pods by `make bench-tpu`. Gigabytes a chip and "
+        "step; what is gathered or summed over Adam's in parentheses."
     ]
     for pod, entry in results["pods"].items():
-        lines += ["", f"### {pod} ({entry['sequences']} sequences a part of the batch)", ""]
+        versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+        lines += ["", f"### {pod} chips", ""]
+        lines += [f"Sequences a part of the batch: {entry['sequences']}. {versions}.", ""]
         lines += ["| optimizer | state | arguments | temporary | gathered | summed | collectives |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         lines += [_line(name, row, entry["rows"].get(ADAM)) for name, row in entry["rows"].items()]
@@ -180,7 +181,7 @@ def main() -> None:
         raise SystemExit(reason)
     model = Llama(2, 256, 8, 512, 1024, 64) if options.tiny else Llama(layers=options.layers)
     path = options.output / ("tpu_plan_tiny" if options.tiny else "tpu_plan")
-    results = _head(model)
+    results: dict[str, Any] = {"layers": model.layers, "pods": {}}
     if path.with_suffix(".json").exists():
         results["pods"] = json.loads(path.with_suffix(".json").read_text())["pods"]
     for pod in TINY if options.tiny else PODS:
@@ -193,15 +194,10 @@ def main() -> None:
             anew = options.only and (options.only in name or options.only in pod.name)
             if anew or (name not in entry["rows"] and not options.only):
                 print(f"{pod.name}: {name}", flush=True)
+                entry["versions"] = timing.environment(("jax", "libtpu", "optax"))["versions"]
                 entry["rows"][name] = _row(tx, gradient, params, tokens)
                 timing.save(results, table(results), path)
     print(table(results))
-
-
-def _head(model: Llama) -> dict[str, Any]:
-    described = timing.environment(("jax", "jaxlib", "libtpu", "optax"))
-    head = {name: described[name] for name in ("date", "versions")}
-    return {**head, "layers": model.layers, "pods": {}}
 
 
 def _row(tx: Any, gradient: Gradient, params: PyTree, tokens: jax.ShapeDtypeStruct) -> dict:
@@ -209,7 +205,17 @@ def _row(tx: Any, gradient: Gradient, params: PyTree, tokens: jax.ShapeDtypeStru
     try:
         return plan(tx, gradient, params, tokens)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        return {"error": str(error).splitlines()[0][:200]}
+        return {"error": _short(str(error))}
+
+
+def _short(message: str) -> str:
+    """What is wrong, where the compiler says how much memory it would take."""
+    needed = re.search(
+        r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message
+    )
+    if needed:
+        return f"does not fit: {needed[1]} GiB of temporary memory, a chip has {needed[2]}"
+    return message.splitlines()[0][:120]
 
 
 if __name__ == "__main__":
