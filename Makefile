@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test bench bench-mfac bench-pruning bench-spectrum bench-tiny docs notebooks format check clean
+.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu docs notebooks \
+	format check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -30,6 +31,11 @@ test: $(VENV)/.test
 bench-tiny: $(VENV)/.test
 	$(QUICKLY) $(BIN)/python benchmarks/accelerator.py --tiny --output "$$(mktemp -d)"
 
+# Programs compiled for TPUs, on a machine without any. The compiler has an environment of its own:
+# where it is installed, JAX looks for TPUs and complains that there are none.
+test-tpu: .venv-tpu/.ready
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/tpu $(ARGS)
+
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)
 
@@ -42,6 +48,9 @@ bench-pruning: $(VENV)/.benchmarks
 
 bench-spectrum: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/spectrum.py $(ARGS)
+
+bench-tpu: .venv-tpu/.ready
+	JAX_PLATFORMS=cpu PYTHONPATH=. .venv-tpu/bin/python benchmarks/tpu_plan.py $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
@@ -60,7 +69,7 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-wheel build dist site
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-tpu .venv-wheel build dist site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -73,4 +82,9 @@ $(VENV)/.benchmarks: EXTRAS := benchmarks
 $(VENV)/.dev: EXTRAS := dev
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[$(EXTRAS)]"
+	touch $@
+
+.venv-tpu/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --no-compile --editable ".[examples,test,tpu-compile]"
 	touch $@

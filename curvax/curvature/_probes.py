@@ -19,17 +19,23 @@ from curvax._trees import PyTree, Tree, is_inexact, varying_like
 Distribution = Literal["rademacher", "normal"]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames="out_sharding")
-def _signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any) -> jax.Array:
+def _rademacher(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any, *, out_sharding: Any
+) -> jax.Array:
     """Like ``jax.random.rademacher``, which takes a sharding only since JAX 0.10."""
-    # Where a sharded weight is gathered, so is its probe, in the weight's dtype: XLA does not
-    # move the conversion past the collective, and gathers are not known here.
+    # Where a loss gathers a sharded weight, it gathers the probe. Converted outside the compiled
+    # sampler, a probe then travels as bytes, if the loss does not convert weights itself.
+    return _signs(key, shape, out_sharding=out_sharding).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames="out_sharding")
+def _signs(key: jax.Array, shape: tuple[int, ...], *, out_sharding: Any) -> jax.Array:
     bits = jax.random.bits(key, shape, jnp.uint8, out_sharding=out_sharding)
-    return (1 - 2 * (bits & 1).astype(jnp.int8)).astype(dtype)
+    return 1 - 2 * (bits & 1).astype(jnp.int8)
 
 
 _SAMPLERS: dict[Distribution, Callable[..., jax.Array]] = {
-    "rademacher": _signs,
+    "rademacher": _rademacher,
     "normal": jax.random.normal,
 }
 

@@ -3,7 +3,7 @@
 AdaHessian averages its noisy diagonal over entries that should curve alike. Which ones depends on
 the layout of a leaf (`curvax._layouts`): the spatial axes of a convolution, the fan-in of a matrix,
 never a stacked axis. A rule returns the axes to average over, or a `Block` of consecutive entries
-of one axis. No rule crosses axes, so a sharded kernel is never gathered.
+of one axis. No rule crosses axes, so a sharded kernel is gathered only where a run crosses devices.
 """
 
 from collections.abc import Callable

@@ -57,10 +57,12 @@ def preconditioned(
 
 def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array]:
     """The steps with bounded entries, and the share of entries beyond the bound."""
-    counts, size = [jnp.zeros((), jnp.float32)], 0
+    counts, size = [jnp.zeros((), jnp.float32)], 0.0
     for step in jax.tree.leaves(steps):
-        # Counted as integers: float32 stops counting at 2^24.
-        counts.append(jnp.sum(jnp.abs(step) > threshold).astype(jnp.float32))
+        # Counted as integers where these suffice: float32 stops counting at 2^24.
+        count_dtype = jnp.int32 if step.size < 2**31 else jnp.float32
+        beyond = jnp.abs(step) > threshold
+        counts.append(jnp.sum(beyond, dtype=count_dtype).astype(jnp.float32))
         size += step.size
 
     def leaf(step: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array
         # A non-finite step stays visible to optax.apply_if_finite.
         return jnp.where(jnp.isinf(step), step, jnp.clip(step, -bound, bound))
 
-    return jax.tree.map(leaf, steps), jnp.sum(jnp.stack(counts)) / max(size, 1)
+    return jax.tree.map(leaf, steps), jnp.sum(jnp.stack(counts)) / max(size, 1.0)
 
 
 def _power(curvature: jax.Array, exponent: Scalar) -> jax.Array:
