@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import varying_like
-from curvax.fisher._cholesky import HIGHEST, blocked_cholesky, jitters, scaled
+from curvax.fisher._cholesky import HIGHEST, blocked_cholesky, diagonal, jitters, scaled
 
 _RESIDUAL = 0.03  # relative to the right-hand side
 _ROUNDING = 0.125  # of the sum G^T x, relative to the update
@@ -81,8 +81,8 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
 
 @jax.jit
 def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
-    diagonal = jnp.diagonal(gram) + shift
-    scale = jax.lax.rsqrt(diagonal)
+    squares = diagonal(gram) + shift
+    scale = jax.lax.rsqrt(squares)
     length = jnp.max(jnp.abs(scale * rhs))
     target = scale * rhs / jnp.where(length > 0, length, 1)
     system = _System(scaled(gram, scale), scale**2 * shift, target)
@@ -105,7 +105,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
     number, last = jax.lax.cond(first.accurate, lambda start: start, retries, start)
     # Should even the last attempt fail, each gradient is scaled by itself.
     finite = jnp.all(jnp.isfinite(last.solution))
-    solution = jnp.where(finite, scale * last.solution * length, rhs / diagonal)
+    solution = jnp.where(finite, scale * last.solution * length, rhs / squares)
     return Solution(solution, number > 0)
 
 
@@ -140,7 +140,7 @@ class _System(NamedTuple):
         if not well_posed:
             # An entry of the image, g_i G^T x, is at most |G^T x| times |g_i|. Rows may cancel in
             # truth, for a b orthogonal to G's columns, but then the first attempt is accurate.
-            norms = jnp.sqrt(jnp.diagonal(self.matrix))
+            norms = jnp.sqrt(diagonal(self.matrix))
             at_least = jnp.max(jnp.where(norms > 0, jnp.abs(image) / norms, 0))
             rounding = epsilon * jnp.linalg.norm(norms * solution)
             solved &= rounding <= _ROUNDING * at_least
