@@ -176,14 +176,15 @@ def bert_shapes() -> list[PyTree]:
 def _sparse_rows(like: Any, block_size: int, seed: int) -> tuple[jax.Array, jax.Array]:
     """Random rows for a leaf, of the shape and dtype of ``like``, and their positions.
 
-    Each block has the same values times a random factor, at the same scattered positions shifted
-    at random: distinct in the block, and 32-bit numbers only in a fused loop.
+    Each row has the same values times a random factor, at the same scattered positions shifted at
+    random: distinct in the block, and 32-bit numbers only in a fused loop.
     """
     generator = np.random.default_rng(seed)
-    scattered = generator.permutation(block_size)[: like.shape[-1]].astype(np.int32)
-    shifts = generator.integers(block_size, size=(*like.shape[:-1], 1), dtype=np.int32)
-    factors = generator.standard_normal(shifts.shape, dtype=np.float32)
-    values = generator.standard_normal(like.shape[1:], dtype=np.float32)
+    scattered = generator.permutation(block_size)[: len(like)].astype(np.int32)
+    scattered = scattered.reshape(-1, *[1] * (like.ndim - 1))
+    shifts = generator.integers(block_size, size=(1, *like.shape[1:]), dtype=np.int32)
+    factors = generator.standard_normal(like.shape[-1], dtype=np.float32)
+    values = generator.standard_normal((*like.shape[:-1], 1), dtype=np.float32)
     positions = _expanded_positions(shifts, scattered, block_size)
     return _expanded(factors, values, like.dtype), positions
 
@@ -207,7 +208,7 @@ def large_state(tx: Any, shapes: PyTree) -> Any:
         for seed, (leaf, like) in enumerate(leaves)
     ]
     values, positions = zip(*pairs, strict=True)
-    kept = sum(math.prod(v.shape[1:]) for v in values)
+    kept = sum(math.prod(v.shape[:-1]) for v in values)
     rest = state._replace(window=None)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return zeros._replace(

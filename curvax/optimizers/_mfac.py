@@ -85,7 +85,7 @@ def scale_by_mfac(
     window_scaling: WindowScaling = "nominal",
     window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
-    top_k_recall: float = 1.0,
+    top_k_recall: float | None = None,
     max_update_norm: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the inverse empirical Fisher matrix of the last of them.
@@ -100,7 +100,7 @@ def scale_by_mfac(
       window_scaling: ``"nominal"`` or ``"filled"``.
       window_dtype: dtype of the window's rows; the params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]; None for dense rows.
-      top_k_recall: the part of the largest entries that a TPU must find, in (0, 1].
+      top_k_recall: the part of the largest entries that a TPU must find, in (0, 1]; None for all.
       max_update_norm: bound on the norm of the rescaled gradient.
 
     Returns:
@@ -186,7 +186,7 @@ def scale_by_mfac(
             entering = optax.tree.add(entering, state.feedback)
         finite = _is_finite(entering, window_dtype, dtype)
         damping_now, normalizer = scales(state.count, dtype)
-        window, gram, newest, feedback = _inserted(entering, state, finite, top_k_recall)
+        window, gram, newest, feedback = _inserted(entering, state, finite, top_k_recall or 1.0)
         solution = solve_damped_gram(gram, normalizer * damping_now, newest.astype(dtype))
         scaled = window.combine(normalizer * solution.x, updates)
         if max_update_norm is not None:
@@ -220,7 +220,7 @@ def mfac(
     window_scaling: WindowScaling = "nominal",
     window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
-    top_k_recall: float = 1.0,
+    top_k_recall: float | None = None,
     max_update_norm: Scalar | None = None,
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
@@ -270,8 +270,8 @@ def mfac(
         by blocks; the rest is added to the next gradient. At 0.01 the window takes 1.5 % of a dense
         one in float32, 1 % with values of bfloat16. None for dense rows.
       top_k_recall: with ``density``, the expected part of the largest entries that is found, in
-        (0, 1]. Below 1 TPUs search faster and keep others in place of those they miss, which are
-        added to the next gradient. CPUs and GPUs find all.
+        (0, 1]; None for all. Below 1 TPUs search faster and keep others in place of those they
+        miss, which are added to the next gradient. CPUs and GPUs find all.
       max_update_norm: bound on the norm of $u_t$.
       weight_decay: the decoupled decay $\mu$, times the learning rate. In the published code
         the decay is part of the gradients in the window: for that, put
@@ -415,13 +415,15 @@ def _check_density(density: Any) -> None:
 
 
 def _check_recall(recall: Any, density: float | None) -> None:
+    if recall is None:
+        return
     if isinstance(recall, jax.Array):
         raise ValueError(
             "top_k_recall is compiled in and must be a Python number, got an array; "
             'with optax.inject_hyperparams name it in static_args=("top_k_recall", ...).'
         )
     check_range("top_k_recall", recall, low=0, high=1, open_low=True)
-    if density is None and recall != 1:
+    if density is None:
         raise ValueError(f"top_k_recall={recall} needs sparse rows: set density, such as 0.01.")
 
 

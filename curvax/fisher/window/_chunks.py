@@ -38,21 +38,16 @@ class Chunks(NamedTuple):
         return self.values.shape[-1]
 
     def insert(self, row: tuple[jax.Array, jax.Array], slot: jax.Array, accept: Any) -> Self:
-        """The rows with ``row`` in ``slot`` if ``accept``, in place.
-
-        A chunk is written, not a row: for a row TPUs would choose a layout that suits no reading.
-        """
-        index = slot // self.size
-        hit = (self._first_row(index) + jnp.arange(self.size) == slot) & accept
-
-        def insert(kept: jax.Array, new: jax.Array) -> jax.Array:
-            start, bits = self._first_row(index), _as_bits(kept)
-            old = jax.lax.dynamic_slice_in_dim(bits, start, self.size, axis=-1)
-            chunk = jnp.where(hit, _as_bits(new)[..., jnp.newaxis], old)
-            bits = jax.lax.dynamic_update_slice_in_dim(bits, chunk, start, axis=-1)
-            return jax.lax.bitcast_convert_type(bits, kept.dtype)
-
-        return type(self)(*map(insert, self, row))
+        """The rows with ``row`` in ``slot`` if ``accept``, in place."""
+        pairs = zip(self, row, strict=True)
+        return type(self)(
+            *(
+                jax.lax.platform_dependent(
+                    *pair, slot, accept, cpu=_insert_in_conditional, default=_insert_in_chunk
+                )
+                for pair in pairs
+            )
+        )
 
     def accumulate(
         self,
@@ -95,6 +90,29 @@ class Chunks(NamedTuple):
 
     def _first_row(self, index: jax.Array) -> jax.Array:
         return jnp.minimum(index * self.size, self._num_rows - self.size)
+
+
+def _insert_in_conditional(
+    rows: jax.Array, row: jax.Array, slot: jax.Array, accept: Any
+) -> jax.Array:
+    # Elsewhere than in a conditional XLA's CPU backend widens or copies rows of bfloat16.
+    return jax.lax.cond(
+        accept,
+        lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, slot, axis=-1),
+        lambda rows, _: rows,
+        rows,
+        row,
+    )
+
+
+def _insert_in_chunk(rows: jax.Array, row: jax.Array, slot: jax.Array, accept: Any) -> jax.Array:
+    # For a single row TPUs would choose a layout that suits no reading, and copy all.
+    size = min(rows.shape[-1], _MOST_ROWS)
+    start = jnp.minimum(slot // size * size, rows.shape[-1] - size)
+    old = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=-1)
+    chosen = (start + jnp.arange(size) == slot) & accept
+    chunk = jnp.where(chosen, row[..., jnp.newaxis], old)
+    return jax.lax.dynamic_update_slice_in_dim(rows, chunk, start, axis=-1)
 
 
 def _as_bits(leaf: jax.Array) -> jax.Array:
