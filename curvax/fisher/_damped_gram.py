@@ -96,13 +96,9 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solution:
         number, _ = last
         return number + 1, system.attempt(dampings[number], well_posed=False)
 
-    def retries(start: tuple[jax.Array, _Attempt]) -> tuple[jax.Array, _Attempt]:
-        return jax.lax.while_loop(needs_retry, retry, start)
-
-    # The first attempt is nearly always the only one. A loop in its way costs a GPU 3 ms.
-    first = system.attempt(0.0, well_posed=True)
-    start = varying_like(jnp.int32(0), target), first
-    number, last = jax.lax.cond(first.accurate, lambda start: start, retries, start)
+    # The first attempt, nearly always the only one, stands before the loop.
+    start = varying_like(jnp.int32(0), target), system.attempt(0.0, well_posed=True)
+    number, last = jax.lax.while_loop(needs_retry, retry, start)
     # Should even the last attempt fail, each gradient is scaled by itself.
     finite = jnp.all(jnp.isfinite(last.solution))
     solution = jnp.where(finite, scale * last.solution * length, rhs / squares)
