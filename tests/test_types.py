@@ -20,6 +20,8 @@ MODULES = (curvax, curvax.fisher, curvax.pruning, curvax.spectrum)
 EXCEPTIONS = {
     "Eigenpairs.vectors",
     "InverseFisher.diagonal",
+    "InverseFisher.sample",
+    "InverseFisher.solve_in_sample_space",
     "Operator.random_vector",
     "trace",
     # Rows stand in trees like the params, as the state of an optimizer does.

@@ -1,20 +1,18 @@
-"""Products that feed M-FAC's solve on a TPU: float32 in six passes, bfloat16 rows in three parts.
+"""Products that feed M-FAC's solve on a TPU: in float32, beside bfloat16 rows too.
 
 A TPU multiplies in bfloat16 and rounds float32 factors to it unless it is told otherwise.
 """
 
 import functools
-import re
 
 import jax.numpy as jnp
+import pytest
 
 from curvax.fisher import DenseWindow, solve_damped_gram
 from curvax.fisher.inverse._gram import Cut, gram_of_cut
 from tests.hlo import instructions
 
 from .compiler import array, compiled, one_chip
-
-PARTS = 3  # of bfloat16 make a float32 number
 
 
 def products(fun, *args):
@@ -67,17 +65,13 @@ def test_the_gram_matrix_of_an_inverse_fisher_is_exact():
         assert all(map(is_exact, found)), found
 
 
-def roundings(fun):
-    """How often a compiled function rounds a float32 array to bfloat16 and keeps the rest."""
+@pytest.mark.parametrize(
+    "fun", [dots, lambda rows, vector: rows.combine(vector["w"][0, :64], vector)]
+)
+def test_what_meets_bfloat16_rows_stays_float32(fun):
     text = compiled(fun, *window(jnp.bfloat16)).as_text()
-    found = [one for one in instructions(text) if one.opcode == "reduce-precision"]
-    sources = {re.search(r"reduce-precision\(%?([\w.\-]+)\)", one.text)[1] for one in found}
-    return len(sources)
-
-
-def test_a_vector_keeps_three_parts_beside_bfloat16_rows():
-    assert roundings(dots) >= PARTS
-
-
-def test_weights_keep_three_parts_beside_bfloat16_rows():
-    assert roundings(lambda rows, vector: rows.combine(vector["w"][0, :64], vector)) >= PARTS
+    found = instructions(text)
+    assert any(one.opcode == "convert" and "= f32[" in one.text for one in found)
+    narrowed = [one for one in found if one.opcode in ("convert", "reduce-precision")]
+    assert not [one.text for one in narrowed if "= bf16[" in one.text]
+    assert not [one.text for one in products(fun, *window(jnp.bfloat16)) if not is_exact(one)]

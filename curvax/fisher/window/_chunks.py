@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _MOST_ROWS = 128  # a TPU reads as many at once
-_MOST_ENTRIES = 2**23  # at once: a few hundred megabytes with the indices that XLA makes
+_MOST_ENTRIES = 2**21  # at once: 16 MB, and the indices that XLA makes
 
 
 class Chunks(NamedTuple):

@@ -5,12 +5,13 @@ and one write of a row (`Window.push`). Nothing is flattened: a leaf's rows have
 ``(m, *leaf.shape)`` and its sharding behind an unsharded first axis, so that $G v$ sums a few
 numbers for each row over devices and nothing else moves.
 
-A vector may be contracted as a few columns in one pass. With float32 rows on a CPU these are
-disjoint parts of it, whose sums round less and are added pairwise: Gram entries are then as good as
-float64 sums rounded once. (A flat leaf of few rows is summed in one go, for speed.) With bfloat16
-rows they are its leading, middle and last bits: products of two bfloat16 numbers are exact in
-float32, no row is ever converted, and XLA's CPU backend, which would convert all rows for a single
-column, multiplies several unconverted.
+On a CPU a vector is contracted as a few columns in one pass. With float32 rows these are disjoint
+parts of it, whose sums round less and are added pairwise: Gram entries are then as good as float64
+sums rounded once. (A flat leaf of few rows is summed in one go, for speed.) With bfloat16 rows they
+are its leading, middle and last bits: products of two bfloat16 numbers are exact in float32, no row
+is ever converted, and XLA's CPU backend, which would convert all rows for a single column,
+multiplies several unconverted. GPUs and TPUs, which add up tiles, take one column in float32: for
+several they would copy the rows, or arrange them anew.
 """
 
 import math
@@ -141,14 +142,25 @@ def pairwise_sum(columns: jax.Array) -> jax.Array:
 def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
     """Each row times the vector: shape (m,)."""
     if rows.dtype == jnp.bfloat16:
-        return pairwise_sum(_contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32))
+        return jax.lax.platform_dependent(
+            rows, vector.astype(jnp.float32), cpu=_dots_of_bits, default=_dots_widened
+        )
     return jax.lax.platform_dependent(
         rows, vector.astype(rows.dtype), cpu=_dots_on_cpu, default=_dots_of_one_column
     )
 
 
+def _dots_of_bits(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    columns = _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
+    return pairwise_sum(columns)
+
+
+def _dots_widened(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    # Rows are widened as they are read.
+    return jnp.sum(rows.astype(jnp.float32) * vector, axis=tuple(range(1, rows.ndim)))
+
+
 def _dots_of_one_column(rows: jax.Array, vector: jax.Array) -> jax.Array:
-    # GPUs and TPUs add up tiles, which is accurate; for several columns they copy the rows.
     return _contract(rows, vector[..., jnp.newaxis], vector.ndim, rows.dtype)[:, 0]
 
 
@@ -181,15 +193,27 @@ def leaf_combine(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Ar
     if not len(rows):
         return jnp.zeros_like(like, dtype=weights.dtype)
     if rows.dtype == jnp.bfloat16:
-        parts = jax.lax.dot_general(
-            _bits(weights, axis=0),
-            rows,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
+        total = jax.lax.platform_dependent(
+            rows, weights.astype(jnp.float32), cpu=_combine_bits, default=_combine_widened
         )
-        return jnp.sum(parts, axis=0, dtype=weights.dtype)
+        return total.astype(weights.dtype)
     weights = weights.astype(rows.dtype)
     return jax.lax.dot_general(weights, rows, (((0,), (0,)), ((), ())), precision=HIGHEST)
+
+
+def _combine_bits(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    parts = jax.lax.dot_general(
+        _bits(weights, axis=0),
+        rows,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(parts, axis=0)
+
+
+def _combine_widened(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    weights = weights.reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.sum(weights * rows.astype(jnp.float32), axis=0)
 
 
 def _disjoint_parts(vector: jax.Array) -> jax.Array:
