@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tpu docs notebooks format check clean
+.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu docs notebooks \
+	format check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -16,14 +17,19 @@ demo-prune: $(VENV)/.examples
 # Tests mostly compile small programs: they are optimized less, and each is compiled once for all
 # modules and workers. Older versions of XLA compile in half the time with a flag that newer ones
 # refuse, so it is tried first. A plain `pytest` runs what users run.
-test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-test: QUICK := --xla_cpu_use_fusion_emitters=false
+test bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+test bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
+test bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+QUICK := --xla_cpu_use_fusion_emitters=false
+QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null \
+		&& export XLA_FLAGS=$(QUICK);
+
 test: $(VENV)/.test
-	XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null \
-		&& export XLA_FLAGS=$(QUICK); \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(QUICKLY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# The benchmark of accelerators at sizes for a test, and nothing of it is kept.
+bench-tiny: $(VENV)/.test
+	$(QUICKLY) $(BIN)/python benchmarks/accelerator.py --tiny --output "$$(mktemp -d)"
 
 # Programs compiled for TPUs, on a machine without any. The compiler has an environment of its own:
 # where it is installed, JAX looks for TPUs and complains that there are none.

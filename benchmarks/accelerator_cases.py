@@ -1,6 +1,5 @@
 """The cases of `accelerator.py`: functions that return rows of numbers, by name."""
 
-import argparse
 import functools
 import math
 import time
@@ -8,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import accelerator_torch
 import adahessian_step
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,15 @@ CYCLE = 4
 
 def all_cases(tiny: bool) -> dict[str, Case]:
     """Cases by name, the most valuable ones first."""
-    measure = functools.partial(_Measure, seconds=0.01 if tiny else 0.2, blocks=2 if tiny else 5)
+    measure = timing.Measure(0.01, blocks=2) if tiny else timing.Measure(0.2, blocks=5)
     mfac = {
         f"M-FAC, {number} gradients of {name}": functools.partial(mfac_case, number, like, measure)
         for name, like, numbers in (_tiny_trees() if tiny else _trees())
         for number in numbers
     }
     steps = {
-        f"AdaHessian, {name}": functools.partial(adahessian_case, make, kept, measure)
-        for name, make, kept in (_tiny_models() if tiny else _models())
+        f"AdaHessian, {name}": functools.partial(adahessian_case, make, kept, in_torch, measure)
+        for name, make, kept, in_torch in (_tiny_models() if tiny else _models())
     }
     number, size, order = (4, 300, 4) if tiny else (1024, 1_000_000, 40)
     models = list(steps.items())
@@ -51,7 +51,7 @@ def all_cases(tiny: bool) -> dict[str, Case]:
     }
     return {
         "copy": functools.partial(copy_case, 2**12 if tiny else 2**30, measure),
-        "M-FAC, digits": functools.partial(digits_case, 8 if tiny else 256),
+        "M-FAC, digits": functools.partial(digits_case, tiny),
         **dict(_alternate(mfac, others)),
     }
 
@@ -66,32 +66,15 @@ def _alternate(mfac: dict[str, Case], others: dict[str, Case]) -> Iterator[tuple
     yield from left
 
 
-class _Measure:
-    """Times one loop after the other: windows are too large to be there together."""
-
-    def __init__(self, *, seconds: float, blocks: int):
-        self._options = {"seconds": seconds, "blocks": blocks, "cycle": CYCLE}
-
-    def __call__(self, make: Callable[[], timing.Loop]) -> dict[str, Any]:
-        """A row for a loop; an error is a row too, and the others go on."""
-        try:
-            loop = make()
-            row = timing.time_loops({"": loop}, **self._options)[""]
-            return {**row, "temporary_bytes": getattr(loop, "temporary_bytes", None)}
-        except Exception as error:  # such as a card without memory
-            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-
-    def together(self, loops: dict[str, timing.Loop]) -> Rows:
-        return timing.time_loops(loops, **{**self._options, "cycle": adahessian_step.CYCLE})
-
-
 # --- The card ---
 
 
-def copy_case(size: int, measure: Callable[[], _Measure]) -> Rows:
+def copy_case(size: int, measure: timing.Measure) -> Rows:
     """Bytes a second, read and written, of an array's increment in place."""
-    row = measure()(lambda: timing.Streaming(_increment, jnp.zeros(size), [()]))
-    row["gigabytes_per_s"] = 8e-9 * size / row["median_s"]
+    make = functools.partial(timing.Streaming, _increment, jnp.zeros(size), [()])
+    row = measure.alone(make, cycle=CYCLE)
+    if "median_s" in row:
+        row["gigabytes_per_s"] = 8e-9 * size / row["median_s"]
     return {"copy": row}
 
 
@@ -126,9 +109,9 @@ def transformer_shapes(vocabulary: int, width: int, layers: int) -> PyTree:
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def mfac_case(number: int, like: PyTree, measure: Callable[[], _Measure]) -> Rows:
+def mfac_case(number: int, like: PyTree, measure: timing.Measure) -> Rows:
     """An update of M-FAC with a full window, what it is made of, and what it is compared with."""
-    timed = measure()
+    timed = functools.partial(measure.alone, cycle=CYCLE)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
     pool = [(_random(like, seed),) for seed in range(2)]
     dense = functools.partial(random_rows, like, number)
@@ -250,14 +233,14 @@ def _library_solve(vector: jax.Array, gram: jax.Array) -> Any:
     return vector + 1e-6 * jax.scipy.linalg.cho_solve(factor, vector), None
 
 
-def digits_case(number: int) -> Rows:
+def digits_case(tiny: bool) -> Rows:
     """Errors of float32 updates, relative to float64: are products taken at full precision?"""
-    settings = argparse.Namespace(accuracy_size=number, seeds=1)
+    mean = _random(transformer_shapes(8, 8, 1), 0) if tiny else mfac_step.resnet20_gradient()
     return {
         f"{entry['form']}, noise {entry['noise']}, damping {entry['damping']:.0e}": {
             "relative_error": entry["median"]
         }
-        for entry in mfac_step.measure_accuracy(settings)
+        for entry in mfac_step.accuracy(mean, 8 if tiny else 256, seeds=1)
     }
 
 
@@ -271,20 +254,27 @@ FEW = (
 )
 
 
-def _models() -> list[tuple[str, Callable[[], Any], Any]]:
+Model = tuple[str, Callable[[], Any], Any, tuple[str, int] | None]
+
+
+def _models() -> list[Model]:
+    """Name, problem, the forms to measure (None: all), model and batch size in PyTorch."""
     return [
-        ("GPT of 163 M, bfloat16, 8 x 1024 tokens", models_large.gpt, FEW),
-        ("ResNet-20, batch 128", lambda: models_flax.resnet20(128), None),
-        ("ResNet-50, bfloat16, batch 64", models_large.resnet50, FEW[:3]),
+        ("GPT of 163 M, bfloat16, 8 x 1024 tokens", models_large.gpt, FEW, None),
+        ("ResNet-20, batch 128", lambda: models_flax.resnet20(128), None, ("resnet20", 128)),
+        ("ResNet-50, bfloat16, batch 64", models_large.resnet50, FEW[:3], None),
     ]
 
 
-def _tiny_models() -> list[tuple[str, Callable[[], Any], Any]]:
-    return [("a tiny GPT", lambda: models_large.gpt(tiny=True), FEW[:2])]
+def _tiny_models() -> list[Model]:
+    gpt = functools.partial(models_large.gpt, tiny=True)
+    return [("a tiny GPT", gpt, FEW[:2], ("transformer", 1))]
 
 
-def adahessian_case(make: Callable[[], Any], kept: Any, measure: Callable[[], _Measure]) -> Rows:
-    """Training steps of AdaHessian's forms, over Adam's: time and temporary memory."""
+def adahessian_case(
+    make: Callable[[], Any], kept: Any, in_torch: tuple[str, int] | None, measure: timing.Measure
+) -> Rows:
+    """Training steps of AdaHessian's forms, over Adam's: time and memory."""
     problem = make()
     entries = adahessian_step.contestants(problem)
     entries = {name: entry for name, entry in entries.items() if kept is None or name in kept}
@@ -293,38 +283,39 @@ def adahessian_case(make: Callable[[], Any], kept: Any, measure: Callable[[], _M
             name: pool.submit(adahessian_step.compiled_loop, problem, *entry)
             for name, entry in entries.items()
         }
-    failed = {name: future.exception() for name, future in futures.items()}
-    done = {name: futures[name].result() for name, error in failed.items() if error is None}
-    rows = measure().together({name: loop for name, (loop, _) in done.items()})
-    for name, row in rows.items():
-        row["ratio"] = row["median_s"] / rows[BASE]["median_s"]
-        row["temporary_bytes"] = done[name][1]
-    errors = {name: {"error": str(error)[:300]} for name, error in failed.items() if error}
-    return {**rows, **errors}
+    errors = {name: future.exception() for name, future in futures.items()}
+    done = {name: futures[name].result() for name, error in errors.items() if error is None}
+    loops = {name: loop for name, (loop, _) in done.items()}
+    rows = measure.together(loops, cycle=adahessian_step.CYCLE)
+    for name, (_, memory) in done.items():
+        rows[name] |= memory
+    rows |= {name: timing.failed(error) for name, error in errors.items() if error}
+    timing.add_ratios(rows, BASE)
+    return rows | (accelerator_torch.rows(*in_torch, measure) if in_torch else {})
 
 
 # --- Inverse Fisher, spectrum ---
 
 
-def inverse_case(number: int, size: int, measure: Callable[[], _Measure]) -> Rows:
+def inverse_case(number: int, size: int, measure: timing.Measure) -> Rows:
     """The inverse's diagonal of a million parameters, whole and in blocks."""
     rows = random_rows(jax.ShapeDtypeStruct((size,), jnp.float32), number)
 
     def diagonal(block_size: int | None) -> jax.Array:
         return curvax.inverse_fisher(rows, DAMPING, block_size=block_size).diagonal()
 
-    timed = measure()
     return {
-        f"blocks of {size}" if size else "full": timed(
-            lambda size=size: timing.repeated(functools.partial(diagonal, size))
+        f"blocks of {block_size}" if block_size else "full": measure.alone(
+            functools.partial(timing.repeated, functools.partial(diagonal, block_size)),
+            cycle=CYCLE,
         )
-        for size in (None, 2000, 128)
+        for block_size in (None, 2000, 128)
     }
 
 
 def spectrum_case(order: int, tiny: bool) -> Rows:
-    """Eigenpairs and density of a ResNet-20's Hessian; second runs."""
-    problem = models_flax.resnet20(4 if tiny else 512)
+    """Eigenpairs and density of a network's Hessian; second runs."""
+    problem = models_large.gpt(tiny=True) if tiny else models_flax.resnet20(512)
     batch = problem.inputs, problem.targets
 
     def loss(params: PyTree, inputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -122,15 +122,16 @@ def contestants(problem: models_flax.Problem) -> dict[str, tuple[Any, Any, Any]]
 
 def compiled_loop(
     problem: models_flax.Problem, tx: Any, gradient: Any, flags: list[Any]
-) -> tuple[timing.Loop, int]:
-    """A steady loop with donated buffers, and the largest temporary memory of its steps."""
+) -> tuple[timing.Loop, dict[str, int]]:
+    """A steady loop with donated buffers, and the largest memory of its steps."""
     step = jax.jit(train_step(tx, gradient), donate_argnums=0, static_argnames="refresh")
     carry = jax.tree.map(
         jax.numpy.copy, (problem.params, tx.init(problem.params), problem.statistics)
     )
     batch = problem.inputs, problem.targets
     compiled = {flag: step.lower(carry, *batch, refresh=flag).compile() for flag in set(flags)}
-    memory = max(c.memory_analysis().temp_size_in_bytes for c in compiled.values())
+    memories = [timing.memory_of(c) for c in compiled.values()]
+    memory = {key: max(m[key] for m in memories) for key in memories[0]}
 
     def loop(steps: int) -> None:
         nonlocal carry
@@ -165,7 +166,7 @@ def torch_loops(model: str) -> dict[str, timing.Loop]:
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     problem = models_flax.PROBLEMS[model]()
     loops: dict[str, timing.Loop] = {}
-    memory: dict[str, int] = {}
+    memory: dict[str, dict[str, int]] = {}
     for name, entry in contestants(problem).items():
         if re.search(args.only, name) or name == BASE:
             loops[name], memory[name] = compiled_loop(problem, *entry)
@@ -176,8 +177,8 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         base = BASE if name in memory else TORCH_BASE
         row["base"], row["ratio"] = base, row["median_s"] / rows[base]["median_s"]
         if name in memory:
-            row["temporary_bytes"] = memory[name]
-            row["memory_ratio"] = memory[name] / memory[BASE]
+            row |= memory[name]
+            row["memory_ratio"] = row["temporary_bytes"] / memory[BASE]["temporary_bytes"]
     return {"parameters": sum(p.size for p in jax.tree.leaves(problem.params)), "steps": rows}
 
 

@@ -97,7 +97,7 @@ def _describe(entry: dict[str, Any], loop: Any, dense_bytes: int) -> None:
     entry["window_bytes"] = sum(leaf.nbytes for leaf in leaves) if leaves else dense_bytes
     entry["gigabytes_per_s"] = 2e-9 * entry["window_bytes"] / entry["median_s"]
     if isinstance(loop, timing.Streaming):
-        entry["temporary_bytes"] = loop.temporary_bytes
+        entry |= loop.memory
     if window is not None:
         entry["failures"] = int(loop.state.failures)
 
@@ -121,7 +121,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     rows = timing.time_loops(loops, seconds=args.seconds, cycle=CYCLE, blocks=args.blocks)
     for name, entry in rows.items():
         entry["ratio"] = entry["median_s"] / rows["optax.adam"]["median_s"]
-        entry["temporary_bytes"] = loops[name].temporary_bytes
+        entry |= loops[name].memory
         if "mfac" in name:
             entry["failures"] = int(optax.tree.get(loops[name].state[1], "failures"))
     return rows
@@ -138,10 +138,18 @@ FORMS = (
 
 
 def measure_accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return accuracy(resnet20_gradient(), args.accuracy_size, args.seeds)
+
+
+def resnet20_gradient() -> PyTree:
     problem = models_flax.resnet20()
     loss = lambda p: problem.loss(p, problem.inputs, problem.targets, problem.statistics)[0]  # noqa: E731
-    mean = jax.jit(jax.grad(loss))(problem.params)
-    number, dampings = args.accuracy_size, (1e-5, 1e-6, 1e-7)
+    return jax.jit(jax.grad(loss))(problem.params)
+
+
+def accuracy(mean: PyTree, number: int, seeds: int) -> list[dict[str, Any]]:
+    """Errors of the update by the last of ``number`` gradients around a mean."""
+    dampings = (1e-5, 1e-6, 1e-7)
     streams = {damping: curvax.scale_by_mfac(number, damping) for damping in dampings}
     last = {damping: jax.jit(tx.update) for damping, tx in streams.items()}
     last_published = jax.jit(contestants.published_step)
@@ -149,7 +157,7 @@ def measure_accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
     advance_published = jax.jit(contestants.published_step, donate_argnums=0)
 
     errors = collections.defaultdict(list)
-    for noise, seed in itertools.product((0.3, 2.0), range(args.seeds)):
+    for noise, seed in itertools.product((0.3, 2.0), range(seeds)):
         window = contestants.gradient_window(mean, number, jax.random.key(seed), noise)
         rows = flat(window, number)
         state = streams[DAMPING].init(mean)
@@ -234,7 +242,7 @@ def large_child(dtype: str, steps: int, number: int) -> dict[str, Any]:
         "seconds": seconds[1:],
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "device_memory": jax.devices()[0].memory_stats(),
-        "temporary_bytes": loop.temporary_bytes,
+        **loop.memory,
         "state_bytes": curvax.state_bytes(tx, shapes),
         "window_bytes_per_parameter": window_bytes / size,
         "failures": int(loop.state.failures),

@@ -1,7 +1,5 @@
 """Two networks of an accelerator's size, computing in bfloat16, in Flax."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -89,7 +87,7 @@ def gpt(tiny: bool = False) -> Problem:
 def resnet50(tiny: bool = False) -> Problem:
     """ResNet-50 on 64 images of 224 x 224."""
     batch, side = (2, 32) if tiny else (64, 224)
-    keys: Any = jax.random.split(jax.random.key(1))
-    images = jax.random.normal(keys[0], (batch, side, side, 3))
+    image_key, target_key = jax.random.split(jax.random.key(1))
+    images = jax.random.normal(image_key, (batch, side, side, 3))
     model = ResNet50((1, 1)) if tiny else ResNet50()
-    return problem_of(model, images, jax.random.randint(keys[1], (batch,), 0, 1000))
+    return problem_of(model, images, jax.random.randint(target_key, (batch,), 0, 1000))

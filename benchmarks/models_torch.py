@@ -59,7 +59,7 @@ class TransformerBlock(nn.Module):
         shape = (batch, length, self.heads, width // self.heads)
         q, k, v = (p.reshape(shape) for p in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // self.heads)
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         weights = scores.masked_fill(~causal, -1e9).softmax(dim=-1)
         x = x + self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -75,21 +75,27 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[-1]))
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[-1]]
         return self.head(self.norm(self.blocks(x)))
 
 
-def problem(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+BATCH_SIZES = {"resnet20": 32, "transformer": 8}
+
+
+def problem(name: str, batch_size: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     if name == "resnet20":
-        return ResNet20(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
-    tokens = torch.randint(256, (8, 129))
+        return ResNet20(), torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+    tokens = torch.randint(256, (batch_size, 129))
     return Transformer(), tokens[:, :-1], tokens[:, 1:]
 
 
-def training_step(name: str, contestant: str) -> Callable[[], None]:
+def training_step(
+    name: str, contestant: str, batch_size: int | None = None, device: str = "cpu"
+) -> Callable[[], None]:
     """One step of training by the named optimizer."""
-    model, inputs, targets = problem(name)
+    parts = problem(name, batch_size or BATCH_SIZES[name])
+    model, inputs, targets = (part.to(device) for part in parts)
     optimizer, second_order = _OPTIMIZERS[contestant](model.parameters())
 
     def step() -> None:
@@ -107,6 +113,10 @@ def _sgd(params):
     return torch.optim.SGD(params, lr=1e-3, momentum=0.9), False
 
 
+def _adam(params):
+    return torch.optim.Adam(params, lr=1e-3), False
+
+
 def _torch_optimizer(params):
     import torch_optimizer
 
@@ -121,6 +131,7 @@ def _pytorch_optimizer(params):
 
 _OPTIMIZERS = {
     "torch.optim.SGD": _sgd,
+    "torch.optim.Adam": _adam,
     "torch-optimizer Adahessian": _torch_optimizer,
     "pytorch-optimizer AdaHessian": _pytorch_optimizer,
 }

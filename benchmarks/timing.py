@@ -3,6 +3,7 @@
 Also what else a file of results holds: versions, hardware, names.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import itertools
@@ -17,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a bar is all that is missing then
+
+    def tqdm(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return items
+
 
 PyTree = Any
+Row = dict[str, Any]
 Loop = Callable[[int], None]  # runs so many steps and waits for the last
 
 
@@ -41,7 +50,7 @@ def time_loops(
       For each contestant: median and quartiles of the seconds a step, and the step's number.
     """
     steps = {}
-    for name, loop in tqdm(loops.items(), desc="warm up", leave=False):
+    for name, loop in tqdm(loops.items(), desc="warm up", leave=False, disable=None):
         loop(cycle)  # compiles
         start = time.perf_counter()
         loop(cycle)
@@ -49,7 +58,7 @@ def time_loops(
         steps[name] = cycle * max(1, round(seconds / elapsed))
     samples: dict[str, list[float]] = {name: [] for name in loops}
     turns = [name for _ in range(blocks) for name in loops]
-    for name in tqdm(turns, desc="blocks", leave=False):
+    for name in tqdm(turns, desc="blocks", leave=False, disable=None):
         start = time.perf_counter()
         loops[name](steps[name])
         samples[name].append((time.perf_counter() - start) / steps[name])
@@ -71,7 +80,7 @@ class Streaming:
 
     def __init__(self, step: Callable[..., Any], state: PyTree, pool: list[Any]):
         compiled = jax.jit(step, donate_argnums=0).lower(state, *pool[0]).compile()
-        self.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        self.memory = memory_of(compiled)
         self.state = state
         self._step, self._pool = compiled, itertools.cycle(pool)
 
@@ -79,6 +88,54 @@ class Streaming:
         for _ in range(steps):
             self.state, output = self._step(self.state, *next(self._pool))
         jax.block_until_ready((self.state, output))
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes of a compiled step: what is temporary, and the most that there is at once."""
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    temporary = found.temp_size_in_bytes
+    return {"temporary_bytes": temporary, "peak_bytes": held + temporary}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Times loops; one that fails is a row with its error, and the others go on."""
+
+    seconds: float
+    blocks: int
+
+    def alone(self, make: Callable[[], Loop], *, cycle: int) -> Row:
+        """A loop that is made for its turn, where two would not fit into memory."""
+        try:
+            loop = make()
+            row = time_loops({"": loop}, cycle=cycle, **dataclasses.asdict(self))[""]
+            return {**row, **getattr(loop, "memory", {})}
+        except Exception as error:  # such as a card without memory
+            return failed(error)
+
+    def together(self, loops: dict[str, Loop], *, cycle: int) -> dict[str, Row]:
+        rows, good = {}, {}
+        for name, loop in loops.items():
+            try:
+                loop(cycle)
+                good[name] = loop
+            except Exception as error:
+                rows[name] = failed(error)
+        return {**time_loops(good, cycle=cycle, **dataclasses.asdict(self)), **rows}
+
+
+def add_ratios(rows: dict[str, Row], base: str) -> None:
+    """How long each step takes, relative to that of ``base``, where that was timed."""
+    timed = [row for row in rows.values() if "median_s" in row]
+    if "median_s" in rows.get(base, {}):
+        for row in timed:
+            row["ratio"] = row["median_s"] / rows[base]["median_s"]
+
+
+def failed(error: BaseException) -> Row:
+    """The row, or the case, that an error leaves."""
+    return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def _summary(samples: list[float], steps: int) -> dict[str, float]:

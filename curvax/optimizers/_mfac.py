@@ -85,6 +85,7 @@ def scale_by_mfac(
     window_scaling: WindowScaling = "nominal",
     window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
+    top_k_recall: float = 1.0,
     max_update_norm: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the inverse empirical Fisher matrix of the last of them.
@@ -99,6 +100,7 @@ def scale_by_mfac(
       window_scaling: ``"nominal"`` or ``"filled"``.
       window_dtype: dtype of the window's rows; the params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]; None for dense rows.
+      top_k_recall: the part of the largest entries that a TPU must find, in (0, 1].
       max_update_norm: bound on the norm of the rescaled gradient.
 
     Returns:
@@ -130,6 +132,7 @@ def scale_by_mfac(
     check_range("momentum", momentum, low=0, high=1, open_high=True)
     check_choice("window_scaling", window_scaling, get_args(WindowScaling))
     _check_density(density)
+    _check_recall(top_k_recall, density)
     if max_update_norm is not None:
         check_range("max_update_norm", max_update_norm, low=0, open_low=True)
     window_dtype = _checked_window_dtype(window_dtype)
@@ -183,7 +186,7 @@ def scale_by_mfac(
             entering = optax.tree.add(entering, state.feedback)
         finite = _is_finite(entering, window_dtype, dtype)
         damping_now, normalizer = scales(state.count, dtype)
-        window, gram, newest, feedback = _inserted(entering, state, finite)
+        window, gram, newest, feedback = _inserted(entering, state, finite, top_k_recall)
         solution = solve_damped_gram(gram, normalizer * damping_now, newest.astype(dtype))
         scaled = window.combine(normalizer * solution.x, updates)
         if max_update_norm is not None:
@@ -217,6 +220,7 @@ def mfac(
     window_scaling: WindowScaling = "nominal",
     window_dtype: WindowDtype | DType | None = None,
     density: float | None = None,
+    top_k_recall: float = 1.0,
     max_update_norm: Scalar | None = None,
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
@@ -265,6 +269,9 @@ def mfac(
       density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
         by blocks; the rest is added to the next gradient. At 0.01 the window takes 1.5 % of a dense
         one in float32, 1 % with values of bfloat16. None for dense rows.
+      top_k_recall: with ``density``, the expected part of the largest entries that is found, in
+        (0, 1]. Below 1 TPUs search faster and keep others in place of those they miss, which are
+        added to the next gradient. CPUs and GPUs find all.
       max_update_norm: bound on the norm of $u_t$.
       weight_decay: the decoupled decay $\mu$, times the learning rate. In the published code
         the decay is part of the gradients in the window: for that, put
@@ -308,6 +315,7 @@ def mfac(
             window_scaling=window_scaling,
             window_dtype=window_dtype,
             density=density,
+            top_k_recall=top_k_recall,
             max_update_norm=max_update_norm,
         ),
         optax.add_decayed_weights(weight_decay, mask),
@@ -316,7 +324,7 @@ def mfac(
 
 
 def _inserted(
-    grads: PyTree, state: ScaleByMfacState, finite: jax.Array
+    grads: PyTree, state: ScaleByMfacState, finite: jax.Array, recall: float
 ) -> tuple[Window, jax.Array, jax.Array, PyTree | None]:
     """Window and Gram matrix with the gradient in, which row it is, and the new error feedback.
 
@@ -324,18 +332,12 @@ def _inserted(
     """
     size = len(state.gram)
     slot = state.count % size
-    row, kept = state.window.compress(grads)
-    window = _push_if(finite, state.window, row, slot)
+    row, kept = state.window.compress(grads, recall=recall)
+    window = state.window.push(row, slot, finite)
     newest = (jnp.arange(size) == slot) & finite
     gram = _with_row(state.gram, newest, window.dots(kept, state.gram.dtype))
     feedback = None if state.feedback is None else optax.tree.sub(grads, kept)
     return window, gram, newest, feedback
-
-
-@jax.jit
-def _push_if(finite: jax.Array, window: Window, row: Any, slot: jax.Array) -> Window:
-    # Inside a conditional XLA writes the row in place; a select would copy the window.
-    return jax.lax.cond(finite, lambda w: w.push(row, slot), lambda w: w, window)
 
 
 def _with_row(gram: jax.Array, newest: jax.Array, products: jax.Array) -> jax.Array:
@@ -410,6 +412,17 @@ def _check_density(density: Any) -> None:
             'with optax.inject_hyperparams name it in static_args=("density", ...).'
         )
     check_range("density", density, low=0, high=1, open_low=True)
+
+
+def _check_recall(recall: Any, density: float | None) -> None:
+    if isinstance(recall, jax.Array):
+        raise ValueError(
+            "top_k_recall is compiled in and must be a Python number, got an array; "
+            'with optax.inject_hyperparams name it in static_args=("top_k_recall", ...).'
+        )
+    check_range("top_k_recall", recall, low=0, high=1, open_low=True)
+    if density is None and recall != 1:
+        raise ValueError(f"top_k_recall={recall} needs sparse rows: set density, such as 0.01.")
 
 
 def _checked_window_dtype(window_dtype: WindowDtype | DType | None) -> DType | None:

@@ -17,13 +17,14 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
     With the window $G$, the damping $\lambda$ and the normalizer $n$ of the last step,
 
     $$
-    F^{-1} v = \frac1\lambda \left(v - G^T (n \lambda I + G G^T)^{-1} G v\right),
+    F^{-1} v = n\, G^T K^{-1} c + \frac1\lambda \left(r - G^T K^{-1} G r\right),
     \qquad F = \lambda I + \frac1n G^T G
     $$
 
-    The difference loses digits for vectors close to the span of the window: in float32 by a
-    factor of up to $\lVert F \rVert / \lambda$. For the newest gradient, the optimizer's own update
-    is $F^{-1} g$ without that loss.
+    where $v = G^T c + r$ with $c = K^{-1} G v$, $K = n \lambda I + G G^T$: the part in the span of
+    the window is not divided by $\lambda$, nor are its errors. What remains is the rounding of
+    $v$ itself: outside the span it is multiplied by $1 / \lambda$. For the newest gradient, the
+    optimizer's own update is $F^{-1} g$ without that loss.
 
     Args:
       state: the state of `curvax.mfac` or `curvax.scale_by_mfac`, found inside chains and
@@ -55,14 +56,24 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
     check_like("the vector", leaves, gradient_shapes(plain))
     wide_leaves = list(map(widen, leaves))
     gram, damping, normalizer = plain.gram, plain.damping, plain.normalizer
-    products = plain.window.dots(wide_leaves, gram.dtype)
-    weights = solve_damped_gram(gram, normalizer * damping, products).x
+
+    def solve(rhs: jax.Array) -> jax.Array:
+        return solve_damped_gram(gram, normalizer * damping, rhs).x
+
+    inside = solve(plain.window.dots(wide_leaves, gram.dtype))
+    rest = _difference(wide_leaves, plain.window.combine(inside, wide_leaves))
+    products = plain.window.dots(rest, gram.dtype)
+    weights = solve(normalizer * inside - products / damping)
     spanned = plain.window.combine(weights, wide_leaves)
     products_with_inverse = [
-        ((leaf - part) / damping).astype(given.dtype)
-        for leaf, part, given in zip(wide_leaves, spanned, leaves, strict=True)
+        (leaf / damping + part).astype(given.dtype)
+        for leaf, part, given in zip(rest, spanned, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, products_with_inverse)
+
+
+def _difference(leaves: list[jax.Array], parts: list[jax.Array]) -> list[jax.Array]:
+    return [leaf - part for leaf, part in zip(leaves, parts, strict=True)]
 
 
 def _with_leaf_lists(node: Any) -> ScaleByMfacState:

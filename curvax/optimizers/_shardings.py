@@ -6,7 +6,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from curvax._trees import is_hole
+from curvax._trees import is_hole, path_name
+from curvax.fisher.window._blocks import Blocks
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
@@ -29,7 +30,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
       A tree like ``tx.init(params)`` with a sharding for each array.
 
     Raises:
-      ValueError: if ``params`` has leaves without a sharding, or none at all.
+      ValueError: if ``params`` has leaves without a sharding, or none at all; if the blocks of
+        M-FAC's sparse rows do not divide among a leaf's devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -55,12 +57,13 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
         _like_its_parameter,
         state,
         params,
+        jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params),
         transform_non_params=lambda _: replicated,
         is_leaf=is_hole,  # from optax.masked and optax.partition
     )
 
 
-def _like_its_parameter(leaf: Any, param: Any) -> Any:
+def _like_its_parameter(leaf: Any, param: Any, name: str) -> Any:
     if is_hole(leaf):
         return leaf
     if leaf.shape == param.shape:
@@ -70,26 +73,17 @@ def _like_its_parameter(leaf: Any, param: Any) -> Any:
     rank = len(param.shape)
     extra = len(leaf.shape) - rank
     spec = (*param.sharding.spec, *(None,) * (rank - len(param.sharding.spec)))
+    if extra == _SPARSE_AXES and leaf.shape[1:-1] == (blocks := Blocks.of(param.shape)).grid:
+        blocks.check_devices(name, param.sharding)
+        return param.sharding.update(spec=PartitionSpec(None, *spec, None))
     if extra > 0 and leaf.shape[extra:] == param.shape:
         return param.sharding.update(spec=PartitionSpec(*(None,) * extra, *spec))
-    if extra == _SPARSE_AXES:
-        sharding = param.sharding.update(spec=PartitionSpec(None, *spec, None))
-        if _divides(sharding, leaf.shape):
-            return sharding
     return _replicated(param.sharding)
 
 
-# Sparse rows have an axis of rows first, an axis of blocks for each axis of the parameter, and
-# the entries of a block last.
+# Sparse rows have the entries of a block first, then an axis of blocks for each axis of the
+# parameter, and rows last.
 _SPARSE_AXES = 2
-
-
-def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
-    try:
-        sharding.shard_shape(shape)
-    except ValueError:
-        return False
-    return True
 
 
 def _replicated(sharding: Sharding) -> Sharding:

@@ -1,5 +1,6 @@
 """Optimal Brain Surgeon pruning on the inverse empirical Fisher matrix, and its baselines."""
 
+from curvax.pruning._gradient_files import load_gradients
 from curvax.pruning._gradients import collect_gradients
 from curvax.pruning._keep_pruned import KeepPrunedState, keep_pruned
 from curvax.pruning._leaves import is_kernel
@@ -24,6 +25,7 @@ __all__ = [
     "geometric_sparsities",
     "is_kernel",
     "keep_pruned",
+    "load_gradients",
     "polynomial_sparsities",
     "prune",
     "prune_gradually",

@@ -1,9 +1,10 @@
 """Collects the gradients that make up an empirical Fisher matrix."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from curvax._trees import Differentiable, PyTree, Tree, is_inexact, path_name, w
 from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.fisher.window._dense import insert_row, stacked_zeros
+from curvax.pruning._gradient_files import GradientFiles
 from curvax.pruning._leaves import check_mask
 from curvax.pruning._options import Storage
 
@@ -58,16 +60,22 @@ def collect_gradients(
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
         ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files,
-        one for each leaf. Earlier files of the same names are replaced; rows still mapped from them
+        one for each leaf, whose space is reserved first. A call that was interrupted is resumed by
+        the same call with the same batches from the first on: those whose gradients are written
+        are passed over without differentiation. Gradients that were finished there earlier, for
+        `load_gradients`, are replaced when all new ones are written; rows still mapped from them
         are unchanged.
       progress: whether a progress bar is shown, by tqdm where that is installed.
 
     Returns:
-      A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, float32 or wider.
+      A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, float32 or wider; mapped
+      from files, they are read-only.
 
     Raises:
       ValueError: if the batches end early, the first axes of a batch to be split disagree, a
-        gradient is not finite, ``mask`` does not match, or the loss is not a real scalar.
+        gradient is not finite, ``mask`` does not match, the loss is not a real scalar, or the
+        folder holds an unfinished collection of other gradients.
+      OSError: if the disk has no space for the gradients.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,29 +96,33 @@ def collect_gradients(
     warn_of_batch_stats(params)
     build = _gradients_of_examples if per_example else _gradient_of_mean
     gradient = compiled_once(build, loss_fn, has_aux=has_aux)
-    gradients = (_examples if per_example else _means)(gradient, params, batches, micro_batch_size)
-    rows, insert = _storage(params, num_grads, storage)
-    number = 0
-    with progress_bar(num_grads, "gradients", progress) as advance:
-        for gradient in gradients:
+    rows = _storage(params, num_grads, storage, mask, per_example)
+    gradients = (_examples if per_example else _means)(
+        gradient, params, batches, micro_batch_size, rows.written
+    )
+    with progress_bar(num_grads - rows.written, "gradients", progress) as advance:
+        for gradient in itertools.islice(gradients, num_grads - rows.written):
             masked = _masked(gradient, mask)
-            _check_finite(masked, number)
-            rows = insert(rows, masked, number)
-            number += 1
+            _check_finite(masked, rows.written)
+            rows.insert(masked)
             advance()
-            if number == num_grads:
-                return rows
+    if rows.written == num_grads:
+        return rows.finish()
     raise ValueError(
-        f"batches gave {number} gradients, num_grads={num_grads} asks for more: pass more "
+        f"batches gave {rows.written} gradients, num_grads={num_grads} asks for more: pass more "
         "data, lower num_grads, or pass an iterable that restarts (a list, not an iterator)."
     )
 
 
 def _means(
-    gradient: Callable[..., PyTree], params: PyTree, batches: Iterable[Any], size: int | None
+    gradient: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[Any],
+    size: int | None,
+    skipped: int,
 ) -> Iterator[PyTree]:
-    """The gradient of each batch's loss, from parts of it where ``size`` is given."""
-    for batch in batches:
+    """The gradient of each further batch's loss, from parts of it where ``size`` is given."""
+    for batch in itertools.islice(batches, skipped, None):
         arguments = as_arguments(batch)
         if size is None:
             yield gradient(params, arguments)
@@ -124,14 +136,20 @@ def _means(
 
 
 def _examples(
-    gradients: Callable[..., PyTree], params: PyTree, batches: Iterable[Any], size: int | None
+    gradients: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[Any],
+    size: int | None,
+    skipped: int,
 ) -> Iterator[PyTree]:
-    """The gradient of the loss on each example, a batch of one."""
+    """The gradient of the loss on each further example, a batch of one."""
     for batch in batches:
         for part, count in parts(as_arguments(batch), size or 1):
-            rows = gradients(params, part)
-            for index in range(count):
-                yield jax.tree.map(lambda x, i=index: x[i], rows)
+            if skipped < count:
+                rows = gradients(params, part)
+                for index in range(skipped, count):
+                    yield jax.tree.map(lambda x, i=index: x[i], rows)
+            skipped = max(0, skipped - count)
 
 
 def _gradient_of_mean(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., PyTree]:
@@ -193,30 +211,44 @@ def _check_finite(gradient: PyTree, number: int) -> None:
         )
 
 
+class _Rows(Protocol):
+    """Where gradients are kept as they come."""
+
+    @property
+    def written(self) -> int: ...
+    def insert(self, gradient: PyTree) -> None: ...
+    def finish(self) -> PyTree: ...
+
+
 def _storage(
-    params: PyTree, num_grads: int, storage: Storage | Path
-) -> tuple[PyTree, Callable[[PyTree, PyTree, int], PyTree]]:
-    """Empty rows, and a function that fills one."""
+    params: PyTree,
+    num_grads: int,
+    storage: Storage | Path,
+    mask: PyTree | None,
+    per_example: bool,
+) -> _Rows:
     if storage == "device":
-        return jax.tree.map(lambda leaf: _rows_of_zeros(leaf, num_grads), params), _insert_on_device
+        return _RowsOnDevice(params, num_grads)
     if storage == "host":
-        return _arrays(params, num_grads, lambda _, shape, dtype: np.empty(shape, dtype)), _fill
-    if not isinstance(storage, Path):
-        raise ValueError(
-            f"storage must be 'device', 'host' or a pathlib.Path of a folder, got {storage!r}."
-        )
-    storage.mkdir(parents=True, exist_ok=True)
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = {path: path.replace("/", ".") for path in paths}
-    if len(set(names.values())) < len(paths):
-        names = {path: f"{number}.{names[path]}" for number, path in enumerate(paths)}
+        return _RowsOnHost(params, num_grads)
+    if isinstance(storage, Path):
+        return GradientFiles(storage, params, num_grads, mask, per_example)
+    raise ValueError(
+        f"storage must be 'device', 'host' or a pathlib.Path of a folder, got {storage!r}."
+    )
 
-    def mapped(path: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        file = storage / f"{names[path]}.npy"
-        file.unlink(missing_ok=True)  # a map of the earlier file keeps its own
-        return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
 
-    return _arrays(params, num_grads, mapped), _fill
+class _RowsOnDevice:
+    def __init__(self, params: PyTree, num_grads: int) -> None:
+        self.written = 0
+        self._rows = jax.tree.map(lambda leaf: _rows_of_zeros(leaf, num_grads), params)
+
+    def insert(self, gradient: PyTree) -> None:
+        self._rows = _insert_on_device(self._rows, gradient, self.written)
+        self.written += 1
+
+    def finish(self) -> PyTree:
+        return self._rows
 
 
 def _rows_of_zeros(leaf: Any, number: int) -> jax.Array:
@@ -226,24 +258,23 @@ def _rows_of_zeros(leaf: Any, number: int) -> jax.Array:
     return jnp.zeros((number, *jnp.shape(leaf)), dtype)
 
 
-def _arrays(
-    params: PyTree, num_grads: int, make: Callable[[str, tuple[int, ...], Any], np.ndarray]
-) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: make(
-            path_name(path), (num_grads, *jnp.shape(leaf)), np.dtype(wide_dtype(leaf))
-        ),
-        params,
-    )
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert_on_device(rows: PyTree, gradient: PyTree, slot: jax.Array) -> PyTree:
     wide = jax.tree.map(lambda g, kept: g.astype(kept.dtype), gradient, rows)
     return insert_row(rows, wide, slot)
 
 
-def _fill(rows: PyTree, gradient: PyTree, slot: int) -> PyTree:
-    for kept, new in zip(jax.tree.leaves(rows), jax.tree.leaves(gradient), strict=True):
-        kept[slot] = new
-    return rows
+class _RowsOnHost:
+    def __init__(self, params: PyTree, num_grads: int) -> None:
+        self.written = 0
+        self._rows = jax.tree.map(
+            lambda leaf: np.empty((num_grads, *jnp.shape(leaf)), wide_dtype(leaf)), params
+        )
+
+    def insert(self, gradient: PyTree) -> None:
+        for rows, leaf in zip(jax.tree.leaves(self._rows), jax.tree.leaves(gradient), strict=True):
+            rows[self.written] = leaf
+        self.written += 1
+
+    def finish(self) -> PyTree:
+        return self._rows

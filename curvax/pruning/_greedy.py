@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher._cholesky import HIGHEST, inverse_factor
 from curvax.fisher.inverse._block_diagonal import shifted, squares_of_blocks
 from curvax.fisher.inverse._column_blocks import ColumnBlocks
 from curvax.fisher.inverse._columns import Columns
-from curvax.fisher.inverse._factor import inverse_factor
-from curvax.fisher.inverse._inverse_fisher import spans, working_dtype
+from curvax.fisher.inverse._input import spans, working_dtype
 from curvax.pruning._leaves import Leaf
 from curvax.pruning._scores import FisherOptions
 
@@ -42,16 +41,15 @@ def greedy_scores(
     dtype = working_dtype(all_columns, None)
     scores: list[np.ndarray] = []
     for first, stop in spans(all_columns, options.block_scope):
-        part = Columns(all_columns[first:stop], dtype)
+        part = Columns(tuple(all_columns[first:stop]), dtype)
         size = min(options.block_size or part.num_columns, part.num_columns)
-        blocks = ColumnBlocks(
+        blocks = ColumnBlocks.of(
             part, size, side=size, workspace_bytes=_WORKSPACE_BYTES, mesh=options.mesh
         )
         kernel = blocks.over_devices(_greedy)
         weights = blocks.vectors([jnp.asarray(leaf) for leaf in all_weights[first:stop]])
-        pieces = [
-            kernel(*pair, options.damping) for pair in zip(blocks.all_rows(), weights, strict=True)
-        ]
+        batches = zip(blocks.all_rows(part), weights, strict=True)
+        pieces = [kernel(*batch, options.damping) for batch in batches]
         scores += [np.asarray(leaf) for leaf in blocks.leaves(pieces)]
     return packing.unpack(scores)
 
@@ -80,8 +78,8 @@ def _inverse_and_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """The inverse over the alive weights, and their values after the removal of the others."""
     both = alive[:, :, jnp.newaxis] & alive[:, jnp.newaxis]
-    factor, _ = inverse_factor(shifted(jnp.where(both, squares, 0), shift))
-    inverse = jnp.einsum("nki,nkj->nij", factor, factor, precision=HIGHEST)
+    factor = inverse_factor(shifted(jnp.where(both, squares, 0), shift))
+    inverse = factor.backward(factor.matrix)
     target = jnp.einsum("nmb,nb->nm", rows, jnp.where(alive, 0, weights), precision=HIGHEST)
     right = jnp.where(alive, jnp.einsum("nmb,nm->nb", rows, target, precision=HIGHEST), 0)
     change = jnp.einsum("nij,nj->ni", inverse, right, precision=HIGHEST)

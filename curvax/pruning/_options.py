@@ -7,7 +7,7 @@ import jax
 
 from curvax._layouts import Layout
 from curvax._trees import Select
-from curvax.fisher.inverse._inverse_fisher import BlockScope
+from curvax.fisher.inverse._input import BlockScope
 from curvax.pruning._structures import Structure
 
 __all__ = [

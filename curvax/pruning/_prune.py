@@ -10,7 +10,7 @@ import numpy as np
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
 from curvax._trees import PyTree, Select, Tree
-from curvax.fisher.inverse._inverse_fisher import checked_leaves
+from curvax.fisher.inverse._input import checked_leaves
 from curvax.pruning._greedy import greedy_scores
 from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
 from curvax.pruning._options import BlockScope, Method, Scope, Update
@@ -126,7 +126,8 @@ def prune(
     columns = None
     if grads is not None:
         columns = alive_columns(grads, params, leaves)
-        checked_leaves({leaf.path: rows for leaf, rows in zip(leaves, columns, strict=True)})
+        rows_of_leaves = {leaf.path: rows for leaf, rows in zip(leaves, columns, strict=True)}
+        checked_leaves(rows_of_leaves, allow_complex=False)
     if columns is None and (method != "magnitude" or update not in (None, "none")):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
     options = FisherOptions(damping, block_size, block_scope, mesh)

@@ -21,8 +21,8 @@ def loss_fn(params, inputs):
     return jnp.mean((hidden @ params["out"] - 1.0) ** 2) + jnp.mean(params["scale"] ** 4)
 
 
-def train(mesh, **options):
-    """Parameters after a few steps, sharded over both axes of the mesh."""
+def problem(mesh):
+    """Parameters sharded over both axes of the mesh, and inputs."""
 
     def place(values, *spec):
         values = np.asarray(values, np.float64)
@@ -36,6 +36,12 @@ def train(mesh, **options):
         "scale": place(0.5),
     }
     inputs = place(generator.standard_normal((32, 8)), "x", None)
+    return params, inputs
+
+
+def train(mesh, **options):
+    """Parameters after a few steps."""
+    params, inputs = problem(mesh)
     tx = curvax.mfac(0.01, num_grads=4, damping=0.01, **options)
     state = jax.jit(tx.init, out_shardings=curvax.state_shardings(tx, params))(params)
 
@@ -49,13 +55,41 @@ def train(mesh, **options):
     return multihost_utils.process_allgather(params, tiled=True)
 
 
+def natural_gradient_descent(mesh):
+    """The same parameters after steps along F^-1 g, with F of single examples, all in one jit."""
+    params, inputs = problem(mesh)
+
+    @jax.jit
+    def step(params, inputs):
+        def outputs(params, example):
+            return jnp.sum(jnp.tanh(example @ params["hidden"]) @ params["out"]) * params["scale"]
+
+        values = jax.vmap(outputs, in_axes=(None, 0))(params, inputs)
+        rows = jax.vmap(jax.grad(outputs), in_axes=(None, 0))(params, inputs)
+        inverse = curvax.inverse_fisher(rows, 0.1)
+        direction = inverse.solve_in_sample_space((values - 1) / len(values))
+        return jax.tree.map(lambda p, d: p - 0.1 * d, params, direction)
+
+    for _ in range(STEPS):
+        params = step(params, inputs)
+    return multihost_utils.process_allgather(params, tiled=True)
+
+
+def mesh_of(shape):
+    return jax.make_mesh(shape, ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
 def main(output: str, processes: int, index: int, port: int) -> None:
     jax.config.update("jax_num_cpu_devices", 8 // processes)
     jax.config.update("jax_enable_x64", True)
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, index)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    results = {"dense": train(mesh), "sparse": train(mesh, density=0.3)}
+    mesh = mesh_of((4, 2))
+    results = {
+        "dense": train(mesh),
+        "sparse": train(mesh, density=0.3),
+        "natural": natural_gradient_descent(mesh if processes > 1 else mesh_of((1, 1))),
+    }
     if index == 0:
         flat, _ = jax.tree_util.tree_flatten_with_path(results)
         np.savez(Path(output), **{jax.tree_util.keystr(path): leaf for path, leaf in flat})

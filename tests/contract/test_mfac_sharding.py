@@ -80,6 +80,23 @@ def test_rows_of_the_window_follow_their_parameter(kind):
             assert shard == (NUM_GRADS, *leaf.sharding.shard_shape(leaf.shape))
 
 
+@every_mesh
+def test_init_refuses_blocks_that_would_lie_on_several_devices(kind):
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        spec = jax.NamedSharding(mesh, P(None, "x"))
+        params = {"kernel": jax.device_put(jax.numpy.ones((8, 40)), spec)}
+        tx = curvax.scale_by_mfac(num_grads=4, density=0.1)
+        state = tx.init(params)
+        assert state.window.values["kernel"].sharding.shard_shape((1, 8, 8, 4)) == (1, 8, 1, 4)
+        odd = jax.make_mesh((5,), ("y",), axis_types=(AXIS_TYPES[kind],), devices=jax.devices()[:5])
+    with jax.set_mesh(odd):
+        spec = jax.NamedSharding(odd, P(None, "y"))
+        params = {"kernel": jax.device_put(jax.numpy.ones((8, 40)), spec)}
+        with pytest.raises(ValueError, match=r"Axis 1 of kernel.*cut into 8, which 5 devices"):
+            tx.init(params)
+
+
 def test_a_jitted_init_builds_the_window_in_shards():
     mesh = make_mesh("automatic")
     params = sharded(network(), mesh)

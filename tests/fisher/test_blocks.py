@@ -12,7 +12,7 @@ import pytest
 from curvax.fisher.window._blocks import Blocks
 
 shapes = st.lists(st.integers(1, 40), max_size=4).map(tuple) | st.sampled_from(
-    [(5000,), (4099,), (300, 70), (3, 3, 40, 40), (129, 65)]
+    [(), (5000,), (4099,), (300, 70), (3, 3, 40, 40), (129, 65), (50257, 2), (64, 4098)]
 )
 
 
@@ -39,6 +39,40 @@ def test_an_axis_in_eight_equal_parts_has_no_block_across_them(shape):
     layout = Blocks.of(shape)
     for size, blocks in zip(shape, layout.grid, strict=True):
         assert blocks % math.gcd(size, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "cuts"),
+    [
+        ((4096, 4096), (256, 128)),
+        ((4096, 32, 128), (256, 16, 8)),  # input, heads, entries of a head
+        ((32, 128, 4096), (16, 8, 256)),
+        ((4096, 8, 128), (256, 8, 8)),
+        ((32, 4096, 11008), (32, 256, 256)),  # a stack of layers
+        ((8, 4096, 14336), (8, 256, 256)),  # experts
+        ((32000, 4096), (256, 256)),
+        ((8192, 28672), (256, 256)),
+        ((768, 3072), (32, 128)),
+        ((4096,), (64,)),
+    ],
+)
+def test_long_axes_are_cut_for_hundreds_of_devices(shape, cuts):
+    layout = Blocks.of(shape)
+    assert layout.grid == cuts
+    assert layout.size * math.prod(cuts) == math.prod(shape)  # nothing is padded
+
+
+def on_devices(*spec, devices=256):
+    mesh = jax.sharding.AbstractMesh((devices,), ("x",))
+    return jax.NamedSharding(mesh, jax.P(*spec))
+
+
+def test_a_block_across_devices_is_refused_by_name():
+    message = "Axis 1 of layers/kernel, of shape .4096, 4096., is cut into 128, .* 256 devices"
+    Blocks.of((4096, 4096)).check_devices("layers/kernel", on_devices("x"))
+    Blocks.of((4096, 4096)).check_devices("layers/kernel", on_devices(None, "x", devices=128))
+    with pytest.raises(ValueError, match=message):
+        Blocks.of((4096, 4096)).check_devices("layers/kernel", on_devices(None, "x"))
 
 
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])

@@ -21,7 +21,8 @@ def test_a_row_keeps_the_largest_entries_of_each_block():
     row, kept = window.compress(grads)
     for name, grad in grads.items():
         layout = Blocks.of(grad.shape)
-        number = row.values[name].shape[-1]
+        number = kept_per_block(layout, 0.1)
+        assert row.values[name].size == number * math.prod(layout.grid)
         blocks = np.abs(layout.split(grad)).reshape(-1, layout.size)
         thresholds = np.sort(blocks, axis=1)[:, -number]
         chosen = np.abs(layout.split(kept[name])).reshape(-1, layout.size) > 0
@@ -50,6 +51,29 @@ def test_products_are_those_of_the_rows_that_were_kept(dtype):
     combined = window.combine(jnp.asarray(weights, jnp.float32), params())
     expected = weights @ rows
     assert np.linalg.norm(flat(combined) - expected) < 3e-7 * np.linalg.norm(expected)
+
+
+def test_a_row_that_is_not_accepted_leaves_the_window_as_it_was():
+    window, _ = filled(SparseWindow.empty(params(), NUM_GRADS, None, density=0.1))
+    row, _ = window.compress(gradient(7))
+    chex.assert_trees_all_equal(window.push(row, jnp.int32(2), jnp.bool_(False)), window)
+
+
+@pytest.mark.parametrize("number", [1, 128, 200, 300])
+def test_rows_are_read_in_chunks_whatever_their_number(number):
+    leaf = jnp.asarray(np.random.default_rng(0).standard_normal(number * 24).reshape(-1, 24))
+    window = SparseWindow.empty(leaf[0], number, None, density=0.5)
+    push = jax.jit(lambda window, grad, slot: window.push(window.compress(grad)[0], slot))
+    kept = []
+    for slot in range(number):
+        window = push(window, leaf[slot], slot)
+        kept.append(window.compress(leaf[slot])[1])
+    rows = np.stack(kept)
+    products = window.dots(leaf[0], jnp.float32)
+    np.testing.assert_allclose(products, rows @ leaf[0], rtol=1e-5, atol=1e-5)
+    weights = jnp.arange(1.0, number + 1)
+    combined = window.combine(weights, leaf[0])
+    np.testing.assert_allclose(combined, weights @ rows, rtol=1e-4, atol=1e-3)
 
 
 def test_at_density_one_it_is_the_dense_window():

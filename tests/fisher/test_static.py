@@ -137,14 +137,14 @@ def test_blocks_over_a_mesh_equal_those_of_one_device(block_size, shape):
 
 @pytest.mark.parametrize("shape", [(1700,), (4, 425), (100,), (1, 512)])
 def test_columns_in_chunks_give_the_same_sums(shape):
-    from curvax.fisher.inverse._factor import gram, squares_below
+    from curvax.fisher.inverse._gram import Cut, gram_of_cut, squares_of_cut
 
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((512, *shape))  # 512 columns of 512 float64 make a chunk
     triangle = np.tril(rng.standard_normal((512, 512)))
     flat = rows.reshape(512, -1)
-    np.testing.assert_allclose(gram(rows, in_chunks=True), flat @ flat.T, atol=1e-10)
-    projected, squares = squares_below(triangle, rows, in_chunks=True)
+    np.testing.assert_allclose(gram_of_cut(rows, cut=Cut(True, 1)), flat @ flat.T, atol=1e-10)
+    projected, squares = squares_of_cut(triangle, rows, cut=Cut(True, 1))
     assert projected.shape == squares.shape == shape
     np.testing.assert_allclose(np.ravel(projected), np.sum((triangle @ flat) ** 2, axis=0))
     np.testing.assert_allclose(np.ravel(squares), np.sum(flat**2, axis=0))
@@ -152,7 +152,7 @@ def test_columns_in_chunks_give_the_same_sums(shape):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_gradients_stay_where_they_are(kind):
-    from curvax.fisher.inverse._factor import gram, squares_below
+    from curvax.fisher.inverse._gram import Cut, gram_of_cut, squares_of_cut
 
     axis_types = (getattr(jax.sharding.AxisType, kind),)
     mesh = jax.make_mesh((8,), ("x",), axis_types=axis_types)
@@ -164,9 +164,9 @@ def test_sharded_gradients_stay_where_they_are(kind):
         inverse = curvax.inverse_fisher({"kernel": rows}, 1e-3)
         diagonal = inverse.diagonal()["kernel"]
         solved = inverse.solve({"kernel": jnp.ones((3, 16))})["kernel"]
-        assert not moved(collectives(gram.lower(rows, in_chunks=False).compile()))
+        assert not moved(collectives(gram_of_cut.lower(rows, cut=Cut(False, None)).compile()))
         factor = jnp.eye(NUM_GRADS)
-        assert not collectives(squares_below.lower(factor, rows, in_chunks=False).compile())
+        assert not collectives(squares_of_cut.lower(factor, rows, cut=Cut(False, None)).compile())
     assert diagonal.sharding.is_equivalent_to(rows[0].sharding, 2)
     G = np.asarray(rows).reshape(NUM_GRADS, -1)
     expected = np.linalg.inv(1e-3 * np.eye(48) + G.T @ G / NUM_GRADS)
@@ -236,11 +236,10 @@ class TestBadInput:
             (np.ones(()), "at least one gradient"),
             (np.ones((2, 0)), "at least one entry"),
             ({"a": np.ones((2, 3)), "b": np.ones((3, 3))}, "same number of rows.*at b"),
-            (np.ones((2, 3), int), "real floating-point, got int"),
-            (np.ones((2, 3), complex), "real floating-point, got complex"),
+            (np.ones((2, 3), int), "real or complex floating-point, got int"),
         ],
     )
-    def test_gradients_must_be_rows_of_real_numbers(self, rows, message):
+    def test_gradients_must_be_rows_of_numbers(self, rows, message):
         with pytest.raises(ValueError, match=message):
             curvax.inverse_fisher(rows, 0.1)
 

@@ -9,7 +9,7 @@ import re
 import jax.numpy as jnp
 
 from curvax.fisher import DenseWindow, solve_damped_gram
-from curvax.fisher.inverse._factor import gram
+from curvax.fisher.inverse._gram import Cut, gram_of_cut
 from tests.hlo import instructions
 
 from .compiler import array, compiled, one_chip
@@ -60,9 +60,9 @@ def test_the_small_solve_is_exact():
 
 
 def test_the_gram_matrix_of_an_inverse_fisher_is_exact():
-    for in_chunks in (True, False):
+    for cut in (Cut(local=True, axis=1), Cut(local=False, axis=None)):
         rows = array((128, 64, 1024), one_chip())
-        found = products(functools.partial(gram, in_chunks=in_chunks), rows)
+        found = products(functools.partial(gram_of_cut, cut=cut), rows)
         assert found
         assert all(map(is_exact, found)), found
 

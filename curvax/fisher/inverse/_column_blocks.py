@@ -3,6 +3,7 @@
 A ragged tail is padded with columns of zeros, which do not affect the others.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,28 +11,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.fisher.inverse._columns import Columns
+from curvax.fisher.inverse._columns import Columns, Layout
 
 
+@dataclasses.dataclass(frozen=True)
 class ColumnBlocks:
     """Batches of $n$ blocks of $B$ columns each, all batches of one size.
 
     Attributes:
-      columns: what is cut.
+      layout: of the columns that are cut.
       size: $B$.
       number: $n$.
-      starts: the first column of each batch.
+      mesh: devices over all of which the blocks of a batch are spread; None for one device.
     """
 
-    def __init__(
-        self,
+    layout: Layout
+    size: int
+    number: int
+    mesh: jax.sharding.Mesh | None
+
+    @classmethod
+    def of(
+        cls,
         columns: Columns,
         size: int,
         *,
         side: int,
         workspace_bytes: int,
         mesh: jax.sharding.Mesh | None = None,
-    ) -> None:
+    ) -> "ColumnBlocks":
         """Decides how many blocks make a batch.
 
         Args:
@@ -39,69 +47,82 @@ class ColumnBlocks:
           size: $B$.
           side: the size of the square matrices that are made of each block.
           workspace_bytes: about how much memory the rows and matrices of a batch may take.
-          mesh: devices over all of which the blocks of a batch are spread.
+          mesh: as above.
         """
-        self.columns = columns
-        self.size = size
-        # Blocks are cut from flat columns, which automatic axes allow.
-        self._mesh = None if mesh is None else _automatic(mesh)
-        self.number = self._blocks_in_batch(side, workspace_bytes)
-        self.starts = range(0, columns.num_columns, self.number * self.size)
-
-    def _blocks_in_batch(self, side: int, workspace_bytes: int) -> int:
-        """As many blocks as fit the workspace, in batches that the devices divide."""
-        itemsize = jnp.dtype(self.columns.dtype).itemsize
-        block_bytes = (2 * self.columns.num_rows * self.size + 3 * side**2) * itemsize
-        total = -(-self.columns.num_columns // self.size)
+        block_bytes = (2 * columns.num_rows * size + 3 * side**2) * columns.dtype.itemsize
+        total = -(-columns.num_columns // size)
         number = min(total, max(1, workspace_bytes // block_bytes))
         number = -(-total // -(-total // number))
-        devices = 1 if self._mesh is None else self._mesh.size
-        return -(-number // devices) * devices
+        devices = 1 if mesh is None else mesh.size
+        number = -(-number // devices) * devices
+        # Blocks are cut from flat columns, which automatic axes allow.
+        return cls(columns.layout, size, number, None if mesh is None else _automatic(mesh))
 
-    def rows(self, start: int, columns: Columns | None = None) -> jax.Array:
+    @property
+    def starts(self) -> range:
+        """The first column of each batch."""
+        return range(0, self.layout.num_columns, self.number * self.size)
+
+    @property
+    def num_padded(self) -> int:
+        """The columns of zeros behind the last."""
+        return len(self.starts) * self.number * self.size - self.layout.num_columns
+
+    def rows(self, columns: Columns, start: int) -> jax.Array:
         """A batch of rows from column ``start`` on, of shape (n, m, B)."""
-        columns = columns or self.columns
         return _as_blocks(columns.take(start, self.number * self.size), self.number)
 
-    def all_rows(self) -> Iterator[jax.Array]:
+    def all_rows(self, columns: Columns) -> Iterator[jax.Array]:
         """The rows, batch after batch."""
-        return (self.rows(start) for start in self.starts)
+        return (self.rows(columns, start) for start in self.starts)
 
     def vectors(self, leaves: Sequence[jax.Array]) -> Iterator[jax.Array]:
         """A vector cut as the columns are, a batch of shape (n, B) at a time."""
-        vector = Columns([leaf[jnp.newaxis] for leaf in leaves], self.columns.dtype)
-        return (self.rows(start, vector)[:, 0] for start in self.starts)
+        vector = Columns(tuple(leaf[jnp.newaxis] for leaf in leaves), self.layout.dtype)
+        return (rows[:, 0] for rows in self.all_rows(vector))
 
     def leaves(self, pieces: Sequence[jax.Array]) -> list[jax.Array]:
-        """Leaves from batches of shape (n, B)."""
-        flat = jnp.concatenate([piece.reshape(-1) for piece in pieces])
-        flat = flat[: self.columns.num_columns]
-        return [leaf[0] for leaf in self.columns.split(flat[jnp.newaxis])]
+        """Leaves from batches of shape (n, ..., B)."""
+        flat = [jnp.moveaxis(piece, 0, -2) for piece in pieces]
+        flat = [piece.reshape(*piece.shape[:-2], -1) for piece in flat]
+        return self.layout.split(jnp.concatenate(flat, axis=-1)[..., : self.layout.num_columns])
 
     def everywhere(self, array: jax.Array) -> jax.Array:
         """The array replicated on all devices of the mesh."""
-        if self._mesh is None:
+        if self.mesh is None:
             return array
-        return jax.device_put(array, jax.NamedSharding(self._mesh, jax.P()))
+        return jax.device_put(array, jax.NamedSharding(self.mesh, jax.P()))
 
     def over_devices(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """The kernel on a batch, whose blocks are spread over the devices of the mesh."""
-        if self._mesh is None:
+        """The compiled kernel on a batch, whose blocks are spread over the devices of the mesh.
+
+        Arguments with axes have the blocks first, as results have; scalars belong to all blocks.
+        """
+        if self.mesh is None:
             return kernel
-        mesh, blocks = self._mesh, jax.P(self._mesh.axis_names)
+        mesh = self.mesh
 
         def spread(*args: Any) -> Any:
-            specs = tuple(blocks if jnp.ndim(arg) else jax.P() for arg in args)
-            placed = [
-                jax.device_put(arg, jax.NamedSharding(mesh, spec))
-                for arg, spec in zip(args, specs, strict=True)
-            ]
-            mapped = jax.shard_map(
-                kernel, mesh=mesh, in_specs=specs, out_specs=blocks, check_vma=False
+            placed = jax.tree.map(
+                lambda array: jax.device_put(array, jax.NamedSharding(mesh, _spec(array, mesh))),
+                args,
             )
-            return jax.jit(mapped)(*placed)
+            return _spread(kernel, mesh, placed)
 
         return spread
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _spread(kernel: Callable[..., Any], mesh: jax.sharding.Mesh, args: Any) -> Any:
+    # Compiled once for a kernel, a mesh and shapes: a closure would be compiled at each call.
+    specs = jax.tree.map(lambda array: _spec(array, mesh), args)
+    blocks = jax.P(mesh.axis_names)
+    mapped = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=blocks, check_vma=False)
+    return mapped(*args)
+
+
+def _spec(array: Any, mesh: jax.sharding.Mesh) -> jax.P:
+    return jax.P(mesh.axis_names) if jnp.ndim(array) else jax.P()
 
 
 def _automatic(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:

@@ -21,12 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher.inverse._block_diagonal import apply_inverse, factor_dual, factor_primal
+from curvax.fisher.inverse._block_diagonal import (
+    apply_inverse,
+    combine,
+    dots,
+    factor_dual,
+    factor_primal,
+)
 from curvax.fisher.inverse._column_blocks import ColumnBlocks
 from curvax.fisher.inverse._columns import Columns
 from curvax.fisher.inverse._full import FullInverse
-from curvax.fisher.inverse._inverse_fisher import BlockScope, spans, working_dtype
+from curvax.fisher.inverse._input import BlockScope, spans, working_dtype
 
 
 def compensation(
@@ -58,12 +63,13 @@ def compensation(
     dtype = working_dtype(grads, None)
     changes: list[jax.Array] = []
     for first, stop in spans(grads, block_scope):
-        columns = Columns(grads[first:stop], dtype)
+        columns = Columns(tuple(grads[first:stop]), dtype)
         vector = [jnp.asarray(leaf, dtype) for leaf in removed[first:stop]]
         mask = [jnp.asarray(leaf, dtype) for leaf in kept[first:stop]]
         number_kept = sum(int(np.count_nonzero(leaf)) for leaf in kept[first:stop])
         if block_size is None and number_kept > columns.num_rows:
-            inverse = FullInverse(columns, damping, workspace_bytes=workspace_bytes, kept=mask)
+            options = jnp.asarray(damping, dtype), jnp.asarray(columns.num_rows, dtype)
+            inverse = FullInverse.of(columns, *options, workspace_bytes=workspace_bytes, kept=mask)
             changes += inverse.compensate(vector)
         else:
             size = min(block_size or columns.num_columns, columns.num_columns)
@@ -83,11 +89,11 @@ def _in_blocks(
     num_rows = columns.num_rows
     primal = size <= num_rows
     side = min(size, num_rows)
-    blocks = ColumnBlocks(columns, size, side=side, workspace_bytes=workspace_bytes, mesh=mesh)
+    blocks = ColumnBlocks.of(columns, size, side=side, workspace_bytes=workspace_bytes, mesh=mesh)
     kernel = blocks.over_devices(_primal if primal else _dual)
     pieces = []
     for rows, vector, mask in zip(
-        blocks.all_rows(), blocks.vectors(removed), blocks.vectors(kept), strict=True
+        blocks.all_rows(columns), blocks.vectors(removed), blocks.vectors(kept), strict=True
     ):
         piece = kernel(rows, vector, mask, num_rows * damping)
         if not primal:
@@ -135,31 +141,24 @@ def _scattered_ridge(
 ) -> jax.Array:
     """``places``: the kept columns of each of the ``sparse`` blocks, padded past the last."""
     kept = jnp.take_along_axis(rows, places[:, jnp.newaxis], axis=2, mode="fill", fill_value=0)
-    changed = _ridge(kept, _target(rows, vector), shift)
+    changed = _ridge(kept, dots(rows, vector), shift)
     numbers = jnp.arange(len(sparse))[:, jnp.newaxis]
     spread = jnp.zeros((len(sparse), rows.shape[2]), rows.dtype)
     spread = spread.at[numbers, places].set(changed, mode="drop")
     return changes.at[sparse].set(spread)
 
 
-def _target(rows: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.einsum("nmb,nb->nm", rows, vector, precision=HIGHEST)
-
-
 def _ridge(kept: jax.Array, target: jax.Array, shift: Any) -> jax.Array:
-    factor, _ = factor_primal(kept, shift)
-    right = jnp.einsum("nmb,nm->nb", kept, target, precision=HIGHEST)
-    return apply_inverse(factor, right)
+    return apply_inverse(factor_primal(kept, shift), combine(kept, target))
 
 
 @jax.jit
 def _primal(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> jax.Array:
-    return _ridge(rows * mask[:, jnp.newaxis], _target(rows, vector), shift)
+    return _ridge(rows * mask[:, jnp.newaxis], dots(rows, vector), shift)
 
 
 @jax.jit
 def _dual(rows: jax.Array, vector: jax.Array, mask: jax.Array, shift: Any) -> jax.Array:
     kept = rows * mask[:, jnp.newaxis]
-    factor, _ = factor_dual(kept, shift)
-    weights = apply_inverse(factor, _target(rows, vector))
-    return jnp.einsum("nmb,nm->nb", kept, weights, precision=HIGHEST)
+    weights = apply_inverse(factor_dual(kept, shift), dots(rows, vector))
+    return combine(kept, weights)

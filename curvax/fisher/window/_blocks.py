@@ -1,9 +1,9 @@
 """Blocks of a leaf that never cross the shards of its axes.
 
-Top-k selection works on blocks of a few thousand entries, so that a position in its block fits
-16 bits. Flattening a sharded leaf would gather it. So a block is a box: each axis is cut into
-the largest power of two, up to 8, that divides it, and the parts are cut further until a block is
-small enough. An axis sharded over as many devices as it has cuts keeps its blocks local.
+Top-k selection works on blocks of at most 4096 entries, so that a position in its block fits
+16 bits. Flattening a sharded leaf would gather it. So a block is a box: axes are halved exactly,
+again and again, and an axis sharded over no more devices than it has cuts keeps its blocks local.
+The cuts depend on nothing but the shape: a state can be moved from one mesh to another.
 """
 
 import math
@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 
 _LARGEST = 4096
-_SHARDS = 8
+_SMALLEST = 512  # at a density of 1 % a block keeps five entries
+_SMALLEST_OF_VECTOR = 64  # vectors take little memory, and are sharded as matrices are
+_MOST_CUTS = 256  # of an axis, where the sizes above do not ask for more
+_FEWEST_CUTS = 8  # where they divide the axis
+_SHORT = 64  # such axes hold heads, experts or layers; a device may hold only one
+_SHORT_WEIGHT = 16
 
 Spec = list[str | tuple[str, ...] | None]
 
@@ -34,7 +39,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> Self:
-        shards = tuple(math.gcd(size, _SHARDS) for size in shape)
+        shards = _exact_cuts(shape)
         sides = [size // parts for size, parts in zip(shape, shards, strict=True)]
         while math.prod(sides) > _LARGEST:
             longest = max(range(len(sides)), key=sides.__getitem__)
@@ -60,6 +65,20 @@ class Blocks(NamedTuple):
     def _padded(self) -> tuple[int, ...]:
         return tuple(-(-p // b) * b for p, b in zip(self._parts, self.sides, strict=True))
 
+    def check_devices(self, name: str, sharding: Any) -> None:
+        """Raises if a block of the leaf called ``name`` would lie on several devices."""
+        if not isinstance(sharding, jax.NamedSharding):
+            return
+        for axis, (names, cuts) in enumerate(zip(sharding.spec, self.grid, strict=False)):
+            devices = math.prod(sharding.mesh.shape[n] for n in _mesh_axes(names))
+            if cuts % devices:
+                raise ValueError(
+                    f"M-FAC's sparse rows keep blocks of a leaf on one device. Axis {axis} of "
+                    f"{name}, of shape {self.shape}, is cut into {cuts}, which {devices} devices "
+                    f"({names!r}) do not divide. Shard another axis, or this one over fewer "
+                    "devices, replicate the leaf if it is small, or use dense rows (density=None)."
+                )
+
     def split(self, leaf: jax.Array) -> jax.Array:
         """The leaf as blocks, of shape ``(*grid, size)``; padding is zeros."""
         spec, rank = _spec(leaf), len(self.shape)
@@ -83,6 +102,31 @@ class Blocks(NamedTuple):
             ends = _interleave(self.shards, self._parts)
             leaf = jax.lax.slice(leaf, [0] * (2 * rank), ends)
         return _reshape(leaf, self.shape, spec)
+
+
+def _mesh_axes(names: Any) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _exact_cuts(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """For each axis, a power of two that divides it: long axes get most, short ones their share."""
+    cuts = [1] * len(shape)
+    smallest = _SMALLEST if len(shape) > 1 else _SMALLEST_OF_VECTOR
+
+    def can_be_halved(axis: int) -> bool:
+        return cuts[axis] < _MOST_CUTS and shape[axis] % (2 * cuts[axis]) == 0
+
+    def weighted_side(axis: int) -> tuple[int, int]:
+        weight = _SHORT_WEIGHT if shape[axis] <= _SHORT else 1
+        return weight * shape[axis] // cuts[axis], shape[axis]
+
+    while math.prod(shape) >= 2 * smallest * math.prod(cuts):
+        axes = list(filter(can_be_halved, range(len(shape))))
+        if not axes:
+            break
+        cuts[max(axes, key=weighted_side)] *= 2
+    pairs = zip(shape, cuts, strict=True)
+    return tuple(max(parts, math.gcd(size, _FEWEST_CUTS)) for size, parts in pairs)
 
 
 def _interleave(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:

@@ -5,12 +5,12 @@ and one write of a row (`Window.push`). Nothing is flattened: a leaf's rows have
 ``(m, *leaf.shape)`` and its sharding behind an unsharded first axis, so that $G v$ sums a few
 numbers for each row over devices and nothing else moves.
 
-A vector is contracted as a few columns in one pass. With float32 rows these are disjoint parts of
-it, whose sums round less and are added pairwise: Gram entries are then as good as float64 sums
-rounded once. (Only a flat leaf of few rows is summed in one go, for speed.) With bfloat16 rows they
-are its leading, middle and last bits: products of two bfloat16 numbers are exact in float32, no row
-is ever converted, and XLA's CPU backend, which would convert all rows for a single column,
-multiplies several unconverted.
+A vector may be contracted as a few columns in one pass. With float32 rows on a CPU these are
+disjoint parts of it, whose sums round less and are added pairwise: Gram entries are then as good as
+float64 sums rounded once. (A flat leaf of few rows is summed in one go, for speed.) With bfloat16
+rows they are its leading, middle and last bits: products of two bfloat16 numbers are exact in
+float32, no row is ever converted, and XLA's CPU backend, which would convert all rows for a single
+column, multiplies several unconverted.
 """
 
 import math
@@ -30,11 +30,11 @@ _NARROW = 256  # rows; a flat leaf of no more is also summed as a whole
 class Window(Protocol):
     """What M-FAC needs from the rows it keeps."""
 
-    def compress(self, grads: Tree) -> tuple[object, Tree]:
+    def compress(self, grads: Tree, *, recall: float = 1.0) -> tuple[object, Tree]:
         """The row that represents ``grads``, as `push` takes it and as a tree like params."""
 
-    def push(self, row: Any, slot: jax.Array) -> Self:
-        """The window with ``row`` in place of the one in ``slot``."""
+    def push(self, row: Any, slot: jax.Array, accept: Any = True) -> Self:
+        """The window with ``row`` in place of the one in ``slot``, if ``accept``."""
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         """$G v$, of shape (m,), summed in ``dtype``."""
@@ -62,20 +62,24 @@ class DenseWindow(NamedTuple):
 
         return cls(jax.tree.map(rows, params))
 
-    def compress(self, grads: Tree) -> tuple[Tree, Tree]:
+    def compress(self, grads: Tree, *, recall: float = 1.0) -> tuple[Tree, Tree]:
+        del recall  # all entries are kept
+
         def rounded(grad: jax.Array, rows: jax.Array) -> jax.Array:
             return round_to(grad, rows.dtype) if len(rows) else jnp.zeros_like(grad)
 
         row = jax.tree.map(rounded, grads, self.rows)
         return row, row
 
-    def push(self, row: PyTree, slot: jax.Array) -> Self:
-        return self._replace(rows=insert_row(self.rows, row, slot))
+    def push(self, row: PyTree, slot: jax.Array, accept: Any = True) -> Self:
+        # Inside a conditional XLA writes the row in place; on a CPU a select copies the window.
+        rows = jax.lax.cond(accept, insert_row, lambda rows, *_: rows, self.rows, row, slot)
+        return self._replace(rows=rows)
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         pairs = zip(jax.tree.leaves(self.rows), jax.tree.leaves(vector), strict=True)
         sums = [leaf_dots(rows, leaf).astype(dtype) for rows, leaf in pairs if rows.size]
-        return pairwise_sum(jnp.concatenate(sums, axis=1)) if sums else jnp.zeros((), dtype)
+        return pairwise_sum(jnp.stack(sums, axis=1)) if sums else jnp.zeros((), dtype)
 
     def combine(self, weights: jax.Array, like: Tree) -> Tree:
         return jax.tree.map(lambda rows, leaf: leaf_combine(rows, weights, leaf), self.rows, like)
@@ -135,17 +139,28 @@ def pairwise_sum(columns: jax.Array) -> jax.Array:
 
 @jax.jit
 def leaf_dots(rows: jax.Array, vector: jax.Array) -> jax.Array:
-    """Sums of each row times the vector, over a few parts of it: shape (m, parts)."""
+    """Each row times the vector: shape (m,)."""
     if rows.dtype == jnp.bfloat16:
-        return _contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32)
-    vector = vector.astype(rows.dtype)
+        return pairwise_sum(_contract(rows, _bits(vector, axis=-1), vector.ndim, jnp.float32))
+    return jax.lax.platform_dependent(
+        rows, vector.astype(rows.dtype), cpu=_dots_on_cpu, default=_dots_of_one_column
+    )
+
+
+def _dots_of_one_column(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    # GPUs and TPUs add up tiles, which is accurate; for several columns they copy the rows.
+    return _contract(rows, vector[..., jnp.newaxis], vector.ndim, rows.dtype)[:, 0]
+
+
+def _dots_on_cpu(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    """Sums over disjoint parts of the vector, added pairwise, which round less."""
     if vector.ndim == 1 and len(rows) <= _NARROW:
         # More columns would double this pass, which is most of a step with so few rows.
-        return _contract(rows, vector[:, jnp.newaxis], 1, rows.dtype)
+        return _dots_of_one_column(rows, vector)
     if vector.ndim == 1 and vector.size >= _SMALL:
         # XLA's CPU backend is slow at a flat product of a few columns; this is accurate enough.
-        return jnp.sum(rows * vector, axis=1, keepdims=True)
-    return _contract(rows, _disjoint_parts(vector), vector.ndim, rows.dtype)
+        return jnp.sum(rows * vector, axis=1)
+    return pairwise_sum(_contract(rows, _disjoint_parts(vector), vector.ndim, rows.dtype))
 
 
 def _contract(rows: jax.Array, columns: jax.Array, rank: int, dtype: Any) -> jax.Array:
