@@ -47,10 +47,10 @@ class Llama:
                 "gate": ((layers, width, hidden), P(None, "data", "tensor")),
                 "up": ((layers, width, hidden), P(None, "data", "tensor")),
                 "down": ((layers, hidden, width), P(None, "tensor", "data")),
-                "attention_norm": ((layers, width), P(None, "tensor")),
-                "mlp_norm": ((layers, width), P(None, "tensor")),
+                "attention_norm": ((layers, width), P()),
+                "mlp_norm": ((layers, width), P()),
             },
-            "norm": ((width,), P("tensor")),
+            "norm": ((width,), P()),
             "head": ((width, vocabulary), P("data", "tensor")),
         }
 
