@@ -47,10 +47,10 @@ class Llama:
                 "gate": ((layers, width, hidden), P(None, "data", "tensor")),
                 "up": ((layers, width, hidden), P(None, "data", "tensor")),
                 "down": ((layers, hidden, width), P(None, "tensor", "data")),
-                "attention_norm": ((layers, width), P(None, "data")),
-                "mlp_norm": ((layers, width), P(None, "data")),
+                "attention_norm": ((layers, width), P()),
+                "mlp_norm": ((layers, width), P()),
             },
-            "norm": ((width,), P("data")),
+            "norm": ((width,), P()),
             "head": ((width, vocabulary), P("data", "tensor")),
         }
 

@@ -25,9 +25,9 @@ LLAMA = {
     "gate": ((LAYERS, WIDTH, HIDDEN), P(None, "data", "tensor")),
     "up": ((LAYERS, WIDTH, HIDDEN), P(None, "data", "tensor")),
     "down": ((LAYERS, HIDDEN, WIDTH), P(None, "tensor", "data")),
-    "attention_norm": ((LAYERS, WIDTH), P(None, "data")),
-    "mlp_norm": ((LAYERS, WIDTH), P(None, "data")),
-    "norm": ((WIDTH,), P("data")),
+    "attention_norm": ((LAYERS, WIDTH), P(None, "tensor")),
+    "mlp_norm": ((LAYERS, WIDTH), P(None, "tensor")),
+    "norm": ((WIDTH,), P("tensor")),
     "head": ((WIDTH, VOCABULARY), P("data", "tensor")),
 }
 MESHES = [(8, 1), (32, 8), (16, 16), (256, 1), (64, 16), (256, 16)]
@@ -66,7 +66,8 @@ def test_each_device_holds_its_share_of_the_state(optimizer, mesh):
 )
 def test_a_state_takes_the_bytes_that_are_documented(optimizer, bytes_a_parameter):
     total = curvax.state_bytes(OPTIMIZERS[optimizer], llama())
-    assert total == pytest.approx(bytes_a_parameter * NUM_PARAMS, rel=0.05)
+    # Of a block, sparse rows keep a whole number of entries, rounded down.
+    assert 0.9 < total / (bytes_a_parameter * NUM_PARAMS) < 1.01
 
 
 def test_the_model_has_seven_billion_parameters():

@@ -16,6 +16,7 @@ WINDOWS = {
     "bfloat16": {"num_grads": 256, "window_dtype": "bfloat16"},
     "sparse": {"num_grads": 1024, "density": 0.04},
 }
+INPUTS, OUTPUTS, BATCH = 4096, 2048, 256
 PART = 0.2  # of the window
 
 
@@ -33,7 +34,7 @@ def train_step(tx, carry, inputs):
 def arguments(window):
     """The optimizer, its parameters and state, the bytes of its window."""
     where = one_chip()
-    params = {"kernel": array((2048, 512), where), "bias": array((512,), where)}
+    params = {"kernel": array((INPUTS, OUTPUTS), where), "bias": array((OUTPUTS,), where)}
     tx = curvax.mfac(1e-3, **WINDOWS[window])
     state = state_of(tx, params)
     return tx, (params, state), num_bytes(optax.tree.get(state, "window"))
@@ -42,7 +43,7 @@ def arguments(window):
 @functools.cache
 def memory_of_a_step(window):
     tx, carry, size = arguments(window)
-    inputs = array((256, 2048), one_chip())
+    inputs = array((BATCH, INPUTS), one_chip())
     program = compiled(functools.partial(train_step, tx), carry, inputs, donate=(0,))
     return program.memory_analysis(), size
 
@@ -50,7 +51,7 @@ def memory_of_a_step(window):
 @functools.cache
 def memory_of_a_loop(window):
     tx, carry, size = arguments(window)
-    inputs = array((4, 256, 2048), one_chip())
+    inputs = array((4, BATCH, INPUTS), one_chip())
 
     def loop(carry, inputs):
         return jax.lax.scan(functools.partial(train_step, tx), carry, inputs)
