@@ -5,7 +5,7 @@ and in large leaves for one entry of each block at a time.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,18 +36,6 @@ class Chunks(NamedTuple):
     @property
     def _num_rows(self) -> int:
         return self.values.shape[-1]
-
-    def insert(self, row: tuple[jax.Array, jax.Array], slot: jax.Array, accept: Any) -> Self:
-        """The rows with ``row`` in ``slot`` if ``accept``, in place."""
-        pairs = zip(self, row, strict=True)
-        return type(self)(
-            *(
-                jax.lax.platform_dependent(
-                    *pair, slot, accept, cpu=_insert_in_conditional, default=_insert_in_chunk
-                )
-                for pair in pairs
-            )
-        )
 
     def accumulate(
         self,
@@ -90,6 +78,13 @@ class Chunks(NamedTuple):
 
     def _first_row(self, index: jax.Array) -> jax.Array:
         return jnp.minimum(index * self.size, self._num_rows - self.size)
+
+
+def insert(rows: jax.Array, row: jax.Array, slot: jax.Array, accept: Any) -> jax.Array:
+    """The entries of rows, on the last axis, with ``row`` in ``slot`` if ``accept``, in place."""
+    return jax.lax.platform_dependent(
+        rows, row, slot, accept, cpu=_insert_in_conditional, default=_insert_in_chunk
+    )
 
 
 def _insert_in_conditional(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from curvax._trees import PyTree, Tree, named_leaves, shape_of
 from curvax.fisher.window._blocks import Blocks
-from curvax.fisher.window._chunks import Chunks
+from curvax.fisher.window._chunks import Chunks, insert
 from curvax.fisher.window._dense import (
     pairwise_sum,
     round_to,
@@ -78,17 +78,10 @@ class SparseWindow(NamedTuple):
         return SparseRow(values, positions), kept
 
     def push(self, row: SparseRow, slot: jax.Array, accept: Any = True) -> Self:
-        def insert(rows: Chunks, new: tuple[jax.Array, jax.Array]) -> Chunks:
-            return rows.insert(new, slot, accept) if rows.values.size else rows
+        def push(rows: jax.Array, new: jax.Array) -> jax.Array:
+            return insert(rows, new, slot, accept) if rows.size else rows
 
-        leaves = [
-            insert(Chunks(*leaf[:2]), leaf[2:])
-            for leaf in zip(*map(jax.tree.leaves, (*self, *row)), strict=True)
-        ]
-        treedef = jax.tree.structure(self.values)
-        return type(self)(
-            *(jax.tree.unflatten(treedef, part) for part in zip(*leaves, strict=True))
-        )
+        return jax.tree.map(push, self, type(self)(*row))
 
     def dots(self, vector: PyTree, dtype: Any) -> jax.Array:
         leaves = [leaf for leaf in jax.tree.leaves(vector) if takes_part(leaf)]
