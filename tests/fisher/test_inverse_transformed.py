@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 import curvax
 
+pytestmark = pytest.mark.oldest
 every_block_size = pytest.mark.parametrize("block_size", [None, 4, 12])
 
 

@@ -65,6 +65,11 @@ class Preparation:
     centered: bool = False
     stacked: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are the gradients as they are."""
+        return self.weights is None and not self.centered and not self.stacked
+
     def rows(self, grads: jax.Array, dtype: Any) -> jax.Array:
         """The rows from gradients of shape (m, ...)."""
         rows = grads.astype(jnp.promote_types(dtype, jnp.complex64) if self.stacked else dtype)
@@ -88,9 +93,6 @@ class Preparation:
         return jnp.ones(number, real) if self.weights is None else self.weights.astype(real)
 
 
-PLAIN = Preparation()
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaves", "preparation"],
@@ -102,7 +104,7 @@ class Columns:
 
     leaves: tuple[Any, ...]
     dtype: np.dtype[Any]
-    preparation: Preparation = PLAIN
+    preparation: Preparation = Preparation()
 
     @property
     def layout(self) -> Layout:
@@ -150,7 +152,7 @@ class Columns:
                 )
 
     def _prepared(self, grads: jax.Array) -> jax.Array:
-        if self.preparation is PLAIN:
+        if self.preparation.is_plain:
             return grads.astype(self.dtype)
         return _prepare(self.preparation, grads, self.dtype)
 
