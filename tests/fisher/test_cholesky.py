@@ -15,6 +15,9 @@ def solve(matrix, rhs):
     return blocked_cholesky(matrix).solve(rhs)
 
 
+compiled_factor = jax.jit(inverse_factor)
+
+
 def positive_definite(size, seed=0):
     factor = np.random.default_rng(seed).standard_normal((size, size + 3))
     return factor @ factor.T / size + 0.01 * np.eye(size)
@@ -53,7 +56,7 @@ def test_an_inverse_factor_gives_inverse_and_determinant(size, dtype):
     rows = (factors[0] + 1j * factors[1] if dtype == np.complex128 else factors[0]).astype(dtype)
     matrices = rows @ rows.conj().swapaxes(-1, -2) / size
     with jax.enable_x64(True):
-        found = inverse_factor(jnp.asarray(matrices))
+        found = compiled_factor(jnp.asarray(matrices))
         inverse = np.asarray(
             found.solve(jnp.broadcast_to(jnp.eye(size, dtype=dtype), matrices.shape))
         )
@@ -67,9 +70,9 @@ def test_an_inverse_factor_gives_inverse_and_determinant(size, dtype):
 def test_of_several_matrices_only_the_singular_ones_are_damped():
     good = positive_definite(8).astype(np.float32)
     bad = np.ones((8, 8), np.float32)
-    found = inverse_factor(jnp.asarray([good, bad, good]))
+    found = compiled_factor(jnp.asarray([good, bad, good]))
     assert found.failed.tolist() == [False, True, False]
-    alone = inverse_factor(jnp.asarray(good))
+    alone = compiled_factor(jnp.asarray(good))
     for index in (0, 2):
         np.testing.assert_allclose(found.matrix[index], alone.matrix, rtol=1e-5, atol=1e-6)
     solved = np.float64(found.matrix[1]) @ np.ones(8)
@@ -77,11 +80,11 @@ def test_of_several_matrices_only_the_singular_ones_are_damped():
     np.testing.assert_allclose(solved @ solved, 1.0, rtol=1e-2)
 
 
-@pytest.mark.parametrize("size", [3, 200])
+@pytest.mark.parametrize("size", [3, 130])
 def test_an_inverse_factor_is_differentiable(size):
     matrix = positive_definite(size)
     with jax.enable_x64(True):
-        gradient = jax.grad(lambda a: inverse_factor(a).logdet())(jnp.asarray(matrix))
+        gradient = jax.jit(jax.grad(lambda a: inverse_factor(a).logdet()))(jnp.asarray(matrix))
     # Cholesky reads the lower triangle alone.
     inverse = np.linalg.inv(matrix)
     np.testing.assert_allclose(gradient + gradient.T, 2 * inverse, rtol=1e-7, atol=1e-7)

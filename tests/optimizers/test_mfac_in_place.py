@@ -14,7 +14,7 @@ def test_the_window_is_updated_in_place_and_never_copied():
         {"density": 0.5},
         {"density": 0.5, "window_dtype": "bfloat16"},
     ):
-        tx = curvax.scale_by_mfac(num_grads=1024, **options)
+        tx = curvax.scale_by_mfac(num_grads=256, **options)
         state = jax.eval_shape(tx.init, params)
         window = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.window))
         update = jax.jit(tx.update, donate_argnums=1)
