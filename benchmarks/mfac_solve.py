@@ -146,7 +146,7 @@ def damped(solve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def blocked(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    return _cholesky.cholesky_solver(matrix)(rhs)
+    return _cholesky.blocked_cholesky(matrix).solve(rhs)
 
 
 def substituting(size: int) -> Callable[..., jax.Array]:
@@ -161,9 +161,9 @@ def substituting(size: int) -> Callable[..., jax.Array]:
 
 SOLVERS = {
     "LAPACK's Cholesky": damped(lapack),
-    "cholesky_solver": damped(blocked),
-    "cholesky_solver, by doubling alone": damped(substituting(1)),
-    "cholesky_solver, substitution in blocks of 32": damped(substituting(32)),
+    "blocked_cholesky": damped(blocked),
+    "blocked_cholesky, by doubling alone": damped(substituting(1)),
+    "blocked_cholesky, substitution in blocks of 32": damped(substituting(32)),
     "solve_damped_gram": from_gram,
 }
 BORDERED = "bordered inverse"

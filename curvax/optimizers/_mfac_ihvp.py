@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import optax
 
 from curvax._checks import check_like
 from curvax._find import find_mfac
@@ -61,7 +62,7 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
         return solve_damped_gram(gram, normalizer * damping, rhs).x
 
     inside = solve(plain.window.dots(wide_leaves, gram.dtype))
-    rest = _difference(wide_leaves, plain.window.combine(inside, wide_leaves))
+    rest = optax.tree.sub(wide_leaves, plain.window.combine(inside, wide_leaves))
     products = plain.window.dots(rest, gram.dtype)
     weights = solve(normalizer * inside - products / damping)
     spanned = plain.window.combine(weights, wide_leaves)
@@ -70,10 +71,6 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
         for leaf, part, given in zip(rest, spanned, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, products_with_inverse)
-
-
-def _difference(leaves: list[jax.Array], parts: list[jax.Array]) -> list[jax.Array]:
-    return [leaf - part for leaf, part in zip(leaves, parts, strict=True)]
 
 
 def _with_leaf_lists(node: Any) -> ScaleByMfacState:

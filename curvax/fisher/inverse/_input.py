@@ -25,9 +25,10 @@ def spans(leaves: list[Any], block_scope: BlockScope) -> tuple[tuple[int, int], 
 
 
 def checked_chunks(chunks: Iterator[PyTree], first: PyTree, dtype: Any) -> Iterator[Columns]:
-    """The columns of each chunk of a stream, whose first has been taken from it."""
+    """The columns of each chunk of a stream, whose first was taken from it and checked."""
     shapes = jax.tree.map(lambda rows: rows[0], first)
-    for chunk in itertools.chain([first], chunks):
+    yield Columns(tuple(jax.tree.leaves(first)), dtype)
+    for chunk in chunks:
         leaves = checked_leaves(chunk)
         check_like("a chunk's gradient", jax.tree.map(lambda rows: rows[0], chunk), shapes)
         yield Columns(tuple(leaves), dtype)

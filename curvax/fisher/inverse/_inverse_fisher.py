@@ -63,6 +63,9 @@ class InverseFisher:
     def solve(self, vector: Tree) -> Tree:
         r"""$F^{-1} v$.
 
+        The vector is split, $v = G^H c + r$ with $c = K^{-1} G v$, and the part in the span of the
+        gradients is solved for as in `solve_in_sample_space`: only $r$ is divided by $\lambda$.
+
         The rounding error of $v$ itself, outside the span of the gradients, is multiplied by
         $1 / \lambda$: a product of the order of $v / F_{ii}$ has an error of about
         $F_{ii} / \lambda$ ulps. Nothing can be done about that here. But where $v$ is a combination
@@ -89,13 +92,14 @@ class InverseFisher:
         By the push-through identity, with $K = n \lambda I + G G^T$,
 
         $$
-        F^{-1} \sum_i w_i g_i s_i = F^{-1} G^T s = n\, G^T K^{-1} s
+        F^{-1} G^T s = n\, G^T K^{-1} s
         $$
 
-        Weights and centring act on the sum as they act on $F$; without them it is $G^T s$. Complex
-        gradients are conjugated, $F^{-1} G^H s$, and with ``real_part`` its real part is taken
-        before the product. In float32, at a damping of $10^{-7}$, where `solve` of the sum has no
-        correct digit left, this has five.
+        Weights and centring act on the combination as they act on $F$: it is
+        $\sum_i w_i (g_i - \bar g) s_i$, with the rows $\sqrt{w_i} (g_i - \bar g)$ of $G$ and
+        $\sqrt{w_i} s_i$ in place of $s_i$. Complex gradients are conjugated, $F^{-1} G^H s$, and
+        with ``real_part`` the real part of $G^H s$ is taken. In float32, at a damping of $10^{-7}$,
+        where `solve` of the sum is right to two digits, this is to four.
 
         Args:
           samples: $s$, of shape (m,), or several of them as rows (k, m).
