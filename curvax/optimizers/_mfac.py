@@ -45,7 +45,7 @@ from curvax.fisher.window._sparse import SparseWindow
 from curvax.optimizers._memory import check_window_memory
 
 Scalar = jax.typing.ArrayLike
-WindowScaling = Literal["nominal", "filled"]
+WindowScaling = Literal["nominal", "filled", "relative"]
 WindowDtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -58,7 +58,7 @@ class ScaleByMfacState(NamedTuple):
         `curvax.fisher.SparseWindow`; gradient ``t`` is in row ``t % num_grads``.
       gram: the inner products of the window's rows, of shape (num_grads, num_grads), in
         float32 or wider.
-      damping: scalar, the damping of the last step.
+      damping: scalar, the damping of the last step, as it stands in $F$.
       normalizer: scalar, what the sum of outer products was divided by in the last step.
       failures: int32 scalar, the steps whose factorization failed and was repeated with a
         larger damping.
@@ -95,9 +95,10 @@ def scale_by_mfac(
 
     Args:
       num_grads: the number $m$ of gradients in the window.
-      damping: the damping $\lambda$, a positive number or a schedule of the gradients taken.
+      damping: the damping $\lambda$, a positive number or a schedule of the gradients taken;
+        ``"relative"`` scaling has its own unit.
       momentum: decay rate of an average of the rescaled gradients, in [0, 1).
-      window_scaling: ``"nominal"`` or ``"filled"``.
+      window_scaling: ``"nominal"``, ``"filled"`` or ``"relative"``.
       window_dtype: dtype of the window's rows; the params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]; None for dense rows.
       top_k_recall: the part of the largest entries that a TPU must find, in (0, 1]; None for all.
@@ -187,8 +188,12 @@ def scale_by_mfac(
         finite = _is_finite(entering, window_dtype, dtype)
         damping_now, normalizer = scales(state.count, dtype)
         window, gram, newest, feedback = _inserted(entering, state, finite, top_k_recall or 1.0)
+        factor = normalizer
+        if window_scaling == "relative":
+            size = _mean_square(gram, normalizer)
+            factor, damping_now = jnp.sqrt(size), damping_now * size / normalizer
         solution = solve_damped_gram(gram, normalizer * damping_now, newest.astype(dtype))
-        scaled = window.combine(normalizer * solution.x, updates)
+        scaled = window.combine(factor * solution.x, updates)
         if max_update_norm is not None:
             scaled = _bounded(scaled, max_update_norm)
         if state.mu is not None:
@@ -264,6 +269,17 @@ def mfac(
 
         * ``"nominal"``: $m$ from the first step, as published: full steps at once.
         * ``"filled"``: the number of gradients in the window, a linear warm-up of the step.
+        * ``"relative"``: the same, with damping and step in units of the window's own gradients.
+          With $q$ the mean of $\lVert g_i \rVert^2$ over the window,
+
+          $$
+          u_t = \sqrt q\; G^T (\lambda q I + G G^T)^{-1} e_t .
+          $$
+
+          Neither the scale of the loss nor the size of the window changes the step: unrelated
+          gradients give $g_t / \lVert g_t \rVert$ up to $1 + \lambda$, and what the others
+          explain of a gradient is taken out as before. So one damping, 0.1, and rates of one order,
+          around 0.05, serve different models, and steps do not grow as gradients vanish.
       window_dtype: dtype of the window's rows: ``"float32"``, ``"bfloat16"``, which halves the
         memory, or ``"float64"``. The params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
@@ -345,6 +361,12 @@ def _with_row(gram: jax.Array, newest: jax.Array, products: jax.Array) -> jax.Ar
     products = jnp.broadcast_to(products, newest.shape)  # of a tree without leaves: a zero
     column = jnp.where(newest, products[:, jnp.newaxis], gram)
     return jnp.where(newest[:, jnp.newaxis], products, column)
+
+
+def _mean_square(gram: jax.Array, rows: jax.Array) -> jax.Array:
+    """The mean squared norm of the gradients in the window; 1 if all are zero."""
+    size = jnp.trace(gram) / rows
+    return jnp.where(size > 0, size, 1)
 
 
 def _select_small(

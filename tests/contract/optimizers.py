@@ -112,6 +112,7 @@ ROWS = (
     mfac("mfac-sparse", density=0.25, window_scaling="filled")._replace(
         trials=PATIENT, variant=True, compressed=True
     ),
+    mfac("mfac-relative", damping=0.1, window_scaling="relative")._replace(variant=True),
     Row("adam", optax.adam, {"learning_rate": 0.1}, ADAM, takes_curvature=False),
 )
 

@@ -66,6 +66,43 @@ def test_filled_scaling_divides_by_the_gradients_there_are(x64):
         np.testing.assert_allclose(updates, np.linalg.solve(fisher, grads[t]), rtol=1e-9)
 
 
+def test_relative_scaling_is_in_units_of_the_mean_square_of_the_gradients_there_are(x64):
+    grads = stream(1, 2 * NUM_GRADS)
+    history, state = run(curvax.scale_by_mfac(NUM_GRADS, 0.3, window_scaling="relative"), grads)
+    for t, updates in enumerate(history):
+        window = grads[max(0, t + 1 - NUM_GRADS) : t + 1]
+        square = np.mean(np.sum(window**2, axis=1))
+        fisher = dense_fisher(window, 0.3 * square / len(window), normalizer=len(window))
+        expected = np.sqrt(square) / len(window) * np.linalg.solve(fisher, grads[t])
+        np.testing.assert_allclose(updates, expected, rtol=1e-9)
+    np.testing.assert_allclose(state.damping, 0.3 * square / NUM_GRADS)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_relative_scaling_does_not_see_the_scale_of_the_loss(scale):
+    grads = stream(2, 3 * NUM_GRADS).astype(np.float32)
+    tx = curvax.scale_by_mfac(NUM_GRADS, 0.1, window_scaling="relative")
+    expected, _ = run(tx, grads)
+    history, _ = run(tx, np.float32(scale) * grads)
+    np.testing.assert_allclose(history, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_grads", [1, 4, 16])
+def test_relative_scaling_of_unrelated_gradients_is_their_direction(num_grads):
+    grads = 3 * np.eye(16)
+    tx = curvax.scale_by_mfac(num_grads, 0.25, window_scaling="relative")
+    history, _ = run(tx, grads.astype(np.float32))
+    np.testing.assert_allclose(history, np.eye(16) / 1.25, rtol=1e-6, atol=1e-6)
+
+
+def test_relative_scaling_of_zero_gradients_is_zero():
+    (updates,), state = run(
+        curvax.scale_by_mfac(NUM_GRADS, window_scaling="relative"), np.zeros((1, SIZE))
+    )
+    assert not updates.any()
+    assert state.failures == 0
+
+
 def test_inserting_first_only_scales_what_the_other_gradients_give(x64):
     # F^-1 g = A^-1 g / (1 + g A^-1 g / m), where A leaves g out: so g u < m.
     grads = stream(2, NUM_GRADS)

@@ -1,0 +1,148 @@
+"""Tables and plots of the recorded runs, generated and never typed."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from training.comparison import (
+    TARGET_FAMILY,
+    Row,
+    deviations_ahead,
+    profile,
+    rows_of,
+    target_of,
+)
+from training.experiment import TRIALS
+from training.optimizers import CANDIDATES, CONTESTANTS
+from training.records import Records
+
+BASE = "NAdamW"
+Rows = dict[str, dict[str, Row]]  # by task, then by contestant
+COMMAND = 'make bench-training ARGS="--data-dir DIR'
+
+
+def write(records: Records, folder: Path) -> list[Path]:
+    """Writes what there is of each size: a table, and the profiles as a picture."""
+    written = []
+    for size in sorted({key.size for key in records.lines}):
+        tasks = dict.fromkeys(key.task for key in records.lines if key.size == size)
+        rows = {task: rows_of(records, task, size) for task in tasks}
+        machines = {
+            line["machine"]["name"] for key, line in records.lines.items() if key.size == size
+        }
+        path = folder / f"{size}.md"
+        path.write_text("\n".join(_page(rows, size, sorted(machines))))
+        plot_profiles(rows, folder / f"{size}_profiles.png")
+        written.append(path)
+    return written
+
+
+def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
+    command = f'{COMMAND} --size {size}"' if size != "cpu" else f'{COMMAND}"'
+    yield f"`{command}`; {TRIALS} trials of the rate for each optimizer on each task, the best by"
+    yield f"validation data; machines: {', '.join(machines)}."
+    yield "\n#### Test metric at the end\n"
+    yield from metric_table(rows, CONTESTANTS)
+    yield f"\n#### Deviations ahead of {BASE}\n"
+    yield from ahead_table(rows, CONTESTANTS)
+    yield "\n#### Steps to the target, and seconds, over those of the best of Adam's family\n"
+    yield from target_table(rows, CONTESTANTS)
+    yield "\n#### Rates, and milliseconds a step\n"
+    yield from rate_table(rows, CONTESTANTS)
+    if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
+        yield f"\n#### Ideas: deviations ahead of {BASE}\n"
+        yield from ahead_table(rows, CANDIDATES)
+        yield "\n#### Ideas: test metric at the end\n"
+        yield from metric_table(rows, CANDIDATES)
+    yield ""
+
+
+def metric_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+    """Means and deviations of the test metric; the best of all contestants is bold."""
+    best = {task: min((row.mean for row in of_task.values()), default=0) for task, of_task in rows.items()}
+
+    def cell(task: str, row: Row) -> str:
+        diverged = sum(map(math.isinf, row.test))
+        if diverged:
+            return f"{diverged} of {len(row.test)} diverged"
+        text = f"{row.mean:.4g} ± {row.deviation:.1g}"
+        return f"**{text}**" if row.mean == best[task] else text
+
+    yield from _table(rows, names, cell)
+
+
+def ahead_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+    """How many pooled deviations each mean is better than that of the base."""
+
+    def cell(task: str, row: Row) -> str:
+        base = rows[task].get(BASE)
+        if base is None or row is base or min(len(row.test), len(base.test)) < 2:
+            return "" if row is not base else "0"
+        return f"{deviations_ahead(row, base):+.1f}"
+
+    yield from _table(rows, names, cell)
+
+
+def target_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+    """Steps and seconds to the target over those of the quickest of Adam's family."""
+
+    def cell(task: str, row: Row) -> str:
+        steps, seconds = (_costs(rows[task], kind) for kind in ("steps", "seconds"))
+        name = next(name for name, other in rows[task].items() if other is row)
+        if not math.isfinite(steps[name]):
+            return "-"
+        parts = [
+            cost[name] / min(cost[adam] for adam in TARGET_FAMILY if adam in cost)
+            for cost in (steps, seconds)
+        ]
+        return ", ".join(f"{part:.2f}" for part in parts)
+
+    yield from _table(rows, names, cell)
+
+
+def rate_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+    """The best rate of the trials, marked where it is the largest or smallest, and the time."""
+
+    def cell(task: str, row: Row) -> str:
+        return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.2g} ms"
+
+    yield from _table(rows, names, cell)
+
+
+def plot_profiles(rows: Rows, path: Path) -> None:
+    """For each contestant the part of the tasks solved within a factor of the best."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    factors = np.geomspace(1, 8, 200)
+    for axis, kind in zip(axes, ("steps", "seconds"), strict=True):
+        costs: dict[str, dict[str, float]] = {name: {} for name in CONTESTANTS}
+        for task, of_task in rows.items():
+            for name, cost in _costs(of_task, kind).items():
+                if name in costs:
+                    costs[name][task] = cost
+        for number, (name, parts) in enumerate(profile(costs, factors).items()):
+            axis.step(factors, parts, where="post", label=name, ls=("-", "--", ":")[number // 10])
+        axis.set(xscale="log", xlabel=f"{kind} to the target, over the best optimizer's")
+    axes[0].set(ylabel="part of the tasks", ylim=(0, 1.02))
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _costs(of_task: dict[str, Row], kind: str) -> dict[str, float]:
+    target = target_of(of_task)
+    if target is None:
+        return dict.fromkeys(of_task, math.inf)
+    unit = {name: row.milliseconds / 1e3 if kind == "seconds" else 1 for name, row in of_task.items()}
+    return {name: row.steps_to(target) * unit[name] for name, row in of_task.items()}
+
+
+def _table(rows: Rows, names: dict[str, object], cell: object) -> Iterator[str]:
+    yield f"| | {' | '.join(rows)} |"
+    yield f"| --- |{' ---: |' * len(rows)}"
+    for name in names:
+        if any(name in of_task for of_task in rows.values()):
+            cells = [cell(task, of_task[name]) if name in of_task else "" for task, of_task in rows.items()]
+            yield f"| {name} | {' | '.join(cells)} |"
