@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu docs notebooks \
+.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu bench-training docs notebooks \
 	format check clean
 
 demo: $(VENV)/.examples
@@ -48,6 +48,9 @@ bench-pruning: $(VENV)/.benchmarks
 
 bench-spectrum: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/spectrum.py $(ARGS)
+
+bench-training: $(VENV)/.benchmarks
+	cd benchmarks && ../$(BIN)/python -m training $(ARGS)
 
 bench-tpu: .venv-tpu/.ready
 	JAX_PLATFORMS=cpu PYTHONPATH=. .venv-tpu/bin/python benchmarks/tpu_plan.py $(ARGS)

@@ -88,18 +88,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         nargs="+",
-        default=["accelerator_cases"],
-        help="modules whose all_cases(tiny) returns cases by name",
+        default=["accelerator_cases", "training.cases"],
+        help="modules whose all_cases(args) returns cases by name",
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, without the tests")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="with CIFAR-10")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
 
-def cases_of(module: str, tiny: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases_of(module: str, args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     try:
-        return importlib.import_module(module).all_cases(tiny)
+        return importlib.import_module(module).all_cases(args)
     except Exception as error:  # such as a library that is not installed
         rows = timing.failed(error)
         return {module: lambda: rows}
@@ -136,7 +137,7 @@ def main() -> None:
     tests = None if args.tiny or args.no_tests else start_tests(log)
     cases = {}
     for module in args.cases:
-        cases |= cases_of(module, args.tiny)
+        cases |= cases_of(module, args)
     for name, case in cases.items():
         if name in results["cases"] or args.only not in name:
             continue

@@ -1,5 +1,6 @@
 """The cases of `accelerator.py`: functions that return rows of numbers, by name."""
 
+import argparse
 import functools
 import math
 import time
@@ -29,8 +30,9 @@ Case = Callable[[], Rows]
 CYCLE = 4
 
 
-def all_cases(tiny: bool) -> dict[str, Case]:
+def all_cases(args: argparse.Namespace) -> dict[str, Case]:
     """Cases by name, the most valuable ones first."""
+    tiny = args.tiny
     measure = timing.Measure(0.01, blocks=2) if tiny else timing.Measure(0.2, blocks=5)
     mfac = {
         f"M-FAC, {number} gradients of {name}": functools.partial(mfac_case, number, like, measure)

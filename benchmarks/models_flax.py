@@ -35,19 +35,21 @@ class ResNetBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for 32x32 images (He et al., 2015, Section 4.2)."""
+    """ResNet-20 for 32x32 images (He et al., 2015, Section 4.2), or one of other sizes."""
 
     conv: type[nn.Module] = nn.Conv
     train: bool = True
+    blocks: int = 3
+    width: int = 16
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(16, (3, 3), padding=1, use_bias=False)(x)
+        x = self.conv(self.width, (3, 3), padding=1, use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(x))
-        for stage, filters in enumerate((16, 32, 64)):
-            for block in range(3):
+        for stage in range(3):
+            for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = ResNetBlock(filters, stride, self.conv, self.train)(x)
+                x = ResNetBlock(self.width * 2**stage, stride, self.conv, self.train)(x)
         return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
 
 

@@ -13,7 +13,7 @@ CASES = """
 import jax.numpy as jnp
 import timing
 
-def all_cases(tiny):
+def all_cases(args):
     measure = timing.Measure(0.001, blocks=2)
     return {
         "too large": lambda: {"ones": {"bytes": int(jnp.ones(2**46).nbytes)}},
@@ -79,7 +79,7 @@ def test_what_is_out_of_memory_is_reported_and_the_others_go_on(run, capsys):
 
 
 def test_the_next_run_tries_what_failed_and_keeps_the_rest(run):
-    first = "def all_cases(tiny): return {'a': lambda: {}, 'b': lambda: 1 / 0}"
+    first = "def all_cases(args): return {'a': lambda: {}, 'b': lambda: 1 / 0}"
     assert run("first", first)[0] == {
         "a": {},
         "b": {"error": "ZeroDivisionError: division by zero"},
@@ -90,7 +90,7 @@ def test_the_next_run_tries_what_failed_and_keeps_the_rest(run):
 
 def test_rows_of_other_numbers_than_times_are_in_the_table(run, capsys):
     row = "{'test_accuracy': 0.91234, 'seeds': 5}"
-    run("training", f"def all_cases(tiny): return {{'digits': lambda: {{'Adam': {row}}}}}")
+    run("training", f"def all_cases(args): return {{'digits': lambda: {{'Adam': {row}}}}}")
     assert "| Adam | test accuracy 0.912, seeds 5 |" in capsys.readouterr().out
 
 

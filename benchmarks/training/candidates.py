@@ -1,6 +1,5 @@
 """Ideas that were measured before they became an option of the library or were dropped."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +83,9 @@ def natural_gradient(
         (values, lengths), rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
         lengths = jnp.sqrt(lengths + 1e-6 * jnp.mean(lengths))
         scales = lengths if improved else jnp.ones_like(lengths)
-        rows = jax.vmap(lambda row, scale: jax.tree.map(lambda leaf: leaf / scale, row))(rows, scales)
+        rows = jax.vmap(lambda row, scale: jax.tree.map(lambda leaf: leaf / scale, row))(
+            rows, scales
+        )
         squares = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(rows))
         inverse = curvax.inverse_fisher(rows, damping * squares / len(scales) ** 2)
         direction = inverse.solve_in_sample_space(scales / len(scales))
@@ -136,6 +137,4 @@ def relative_eps(rate: Any, eps: float, clip_threshold: float = 1.0, **options: 
         return jax.tree.map(leaf, updates, state.nu), state
 
     relative = optax.GradientTransformationExtraArgs(tx.init, update)
-    return optax.chain(
-        relative, optax.clip(clip_threshold), optax.scale_by_learning_rate(rate)
-    )
+    return optax.chain(relative, optax.clip(clip_threshold), optax.scale_by_learning_rate(rate))

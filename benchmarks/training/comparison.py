@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from training.optimizers import Contestant
 from training.records import Records
 from training.search import best_rate
 
@@ -46,24 +47,32 @@ class Row(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        return statistics.stdev(self.test) if len(self.test) > 1 else math.nan
+        if len(self.test) < 2 or not all(map(math.isfinite, self.test)):
+            return math.nan
+        return statistics.stdev(self.test)
 
     def steps_to(self, target: float) -> float:
         """The first judged step at which the validation metric is at the target; a median."""
         reached = [
-            next((step for step, value in zip(self.steps, curve, strict=False) if value <= target), math.inf)
+            next(
+                (step for step, value in zip(self.steps, curve, strict=False) if value <= target),
+                math.inf,
+            )
             for curve in self.validation
         ]
         return statistics.median(reached)
 
 
-def rows_of(records: Records, task: str, size: str) -> dict[str, Row]:
-    """The contestants that have runs, in the order of the records."""
-    found: dict[str, list[Line]] = {}
+def rows_of(
+    records: Records, task: str, size: str, contestants: dict[str, Contestant]
+) -> dict[str, Row]:
+    """The contestants that have runs with their present settings."""
+    found: dict[str, list[Line]] = {name: [] for name in contestants}
     for key, line in records.lines.items():
-        if (key.task, key.size) == (task, size):
-            found.setdefault(key.optimizer, []).append(line)
-    rows = {name: _row(lines) for name, lines in found.items()}
+        known = contestants.get(key.optimizer)
+        if known and (key.task, key.size, key.settings) == (task, size, known.words):
+            found[key.optimizer].append(line)
+    rows = {name: _row(lines) for name, lines in found.items() if lines}
     return {name: row for name, row in rows.items() if row is not None}
 
 
@@ -112,10 +121,10 @@ def target_of(rows: dict[str, Row]) -> float | None:
 
 def deviations_ahead(row: Row, base: Row) -> float:
     """How far the mean is below the other's, in pooled deviations; negative where it is above."""
-    pooled = math.sqrt((row.deviation**2 + base.deviation**2) / 2)
     difference = base.mean - row.mean
     if not math.isfinite(difference):
         return difference
+    pooled = math.sqrt((row.deviation**2 + base.deviation**2) / 2)
     return difference / pooled if pooled else math.copysign(math.inf, difference)
 
 
@@ -130,9 +139,7 @@ def profile(costs: dict[str, dict[str, float]], factors: Iterable[float]) -> dic
     best = {task: min(by_task.get(task, math.inf) for by_task in costs.values()) for task in tasks}
     return {
         name: [
-            sum(
-                by_task.get(task, math.inf) <= factor * best[task] < math.inf for task in tasks
-            )
+            sum(by_task.get(task, math.inf) <= factor * best[task] < math.inf for task in tasks)
             / len(tasks)
             for factor in factors
         ]

@@ -71,4 +71,6 @@ class Experiment(NamedTuple):
     def _run(self, program: Program, key: Key, progress: Callable[[str], Any]) -> Line:
         progress(f"{key.task}, {key.optimizer}, rate {key.rate:g}, seed {key.seed}")
         run = program.run(key.rate, key.seed, is_trial=key.is_trial)
-        return self.records.add(key, {**run._asdict(), "metric": self.task.metric, "machine": self.machine})
+        return self.records.add(
+            key, {**run._asdict(), "metric": self.task.metric, "machine": self.machine}
+        )

@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 class Program:
-    """The compiled steps of a contestant on a task; the rate is an argument, so all runs share it."""
+    """The compiled steps of a contestant on a task; all runs share them, with any rate."""
 
     def __init__(self, task: Task, contestant: Contestant) -> None:
         self.task = task

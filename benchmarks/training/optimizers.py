@@ -32,13 +32,17 @@ class Contestant(NamedTuple):
     only: tuple[str, ...] | None = None
 
 
-def _first_order(words: str, start: float, make: Callable[..., Any], family: str = "") -> Contestant:
+def _first_order(
+    words: str, start: float, make: Callable[..., Any], family: str = ""
+) -> Contestant:
     return Contestant(
         words, start, lambda task, rate: steppers.first_order(task, make(rate)), family
     )
 
 
-def _adahessian(words: str, *, start: float = 0.3, radius: float = 0.0, **options: Any) -> Contestant:
+def _adahessian(
+    words: str, *, start: float = 0.3, radius: float = 0.0, **options: Any
+) -> Contestant:
     interval, warmup = (options.get(key, 0) for key in ("update_interval", "refresh_warmup"))
 
     def make(task: Task, rate: Schedule) -> Stepper:
@@ -55,7 +59,9 @@ def _ggn(words: str, *, start: float = 0.03, **options: Any) -> Contestant:
     return Contestant(words, start, make)
 
 
-def _mfac(words: str, *, before: float = 0.0, start: float = 0.05 / WINDOW, **options: Any) -> Contestant:
+def _mfac(
+    words: str, *, before: float = 0.0, start: float = 0.05 / WINDOW, **options: Any
+) -> Contestant:
     def make(rate: Schedule) -> Any:
         tx = curvax.mfac(rate, WINDOW, **options)
         return optax.chain(optax.ema(before), tx) if before else tx
@@ -63,7 +69,17 @@ def _mfac(words: str, *, before: float = 0.0, start: float = 0.05 / WINDOW, **op
     return _first_order(words, start, make)
 
 
-def _somax(words: str, name: str, start: float, only: tuple[str, ...], **options: Any) -> Contestant:
+def _nesterov_mfac(words: str, **options: Any) -> Contestant:
+    def make(rate: Schedule) -> Any:
+        tx = curvax.mfac(rate, WINDOW, window_scaling="relative", **options)
+        return optax.chain(optax.trace(0.9, nesterov=True), tx)
+
+    return _first_order(words, 0.1, make)
+
+
+def _somax(
+    words: str, name: str, start: float, only: tuple[str, ...], **options: Any
+) -> Contestant:
     def make(task: Task, rate: Schedule) -> Stepper:
         import somax  # optional
 
@@ -107,7 +123,9 @@ def _natural(words: str, start: float, **options: Any) -> Contestant:
     def make(task: Task, rate: Schedule) -> Stepper:
         return candidates.natural_gradient(task, optax.sgd(rate, momentum=0.9), **options)
 
-    return Contestant(words, start, make, only=("fashion-mlp", "fashion-cnn", "clicks", "poisson", "burgers"))
+    return Contestant(
+        words, start, make, only=("fashion-mlp", "fashion-cnn", "clicks", "poisson", "burgers")
+    )
 
 
 IN_SOMAX = ("fashion-mlp", "fashion-cnn", "clicks", "shakespeare", "poisson", "burgers")
@@ -132,9 +150,7 @@ CONTESTANTS = {
     ),
     "Muon": _first_order("optax.contrib.muon(rate)", 0.02, optax.contrib.muon),
     "Sophia": Contestant("optax.contrib.sophia(rate)", 4e-3, _sophia),
-    "Somax AdaHessian": _somax(
-        "somax.adahessian(learning_rate=rate)", "adahessian", 0.1, IN_SOMAX
-    ),
+    "Somax AdaHessian": _somax("somax.adahessian(learning_rate=rate)", "adahessian", 0.1, IN_SOMAX),
     "Somax Gauss-Newton": _somax("somax.egn_*(learning_rate=rate)", "egn_", 0.3, ONE_OUTPUT),
     "AdaHessian": _adahessian("curvax.adahessian(rate)"),
     "AdaHessian, interval 10": _adahessian(
@@ -145,9 +161,7 @@ CONTESTANTS = {
     "AdaHessian, Nesterov": _adahessian("curvax.adahessian(rate, nesterov=True)", nesterov=True),
     "Gauss-Newton diagonal": _ggn("curvax.adahessian(rate), value_grad_and_ggn_diag_from_outputs"),
     "M-FAC": _mfac(f"curvax.mfac(rate, {WINDOW})"),
-    "M-FAC, momentum before": _mfac(
-        f"chain(ema(0.9), curvax.mfac(rate, {WINDOW}))", before=0.9
-    ),
+    "M-FAC, momentum before": _mfac(f"chain(ema(0.9), curvax.mfac(rate, {WINDOW}))", before=0.9),
     "M-FAC, sparse": _mfac(
         f"chain(ema(0.9), curvax.mfac(rate, {WINDOW}, density=0.05))", before=0.9, density=0.05
     ),
@@ -192,6 +206,15 @@ CANDIDATES = {
     ),
     "M-FAC, relative, 0.01": _relative_mfac(
         "relative damping 0.01, power 0.5", start=0.05, damping=0.01, power=0.5
+    ),
+    "M-FAC, relative, Nesterov": _nesterov_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, window_scaling='relative'))",
+        damping=0.1,
+    ),
+    "M-FAC, relative, Nesterov, sparse": _nesterov_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, density=0.05, relative))",
+        damping=0.1,
+        density=0.05,
     ),
     "natural gradient, iEF": _natural("iEF of the batch, relative damping 0.1", 0.1),
     "natural gradient, EF": _natural("EF of the batch, relative damping 0.1", 0.1, improved=False),

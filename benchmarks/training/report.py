@@ -29,7 +29,8 @@ def write(records: Records, folder: Path) -> list[Path]:
     written = []
     for size in sorted({key.size for key in records.lines}):
         tasks = dict.fromkeys(key.task for key in records.lines if key.size == size)
-        rows = {task: rows_of(records, task, size) for task in tasks}
+        known = {**CONTESTANTS, **CANDIDATES}
+        rows = {task: rows_of(records, task, size, known) for task in tasks}
         machines = {
             line["machine"]["name"] for key, line in records.lines.items() if key.size == size
         }
@@ -62,7 +63,10 @@ def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
 
 def metric_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
     """Means and deviations of the test metric; the best of all contestants is bold."""
-    best = {task: min((row.mean for row in of_task.values()), default=0) for task, of_task in rows.items()}
+    best = {
+        task: min((row.mean for row in of_task.values()), default=0)
+        for task, of_task in rows.items()
+    }
 
     def cell(task: str, row: Row) -> str:
         diverged = sum(map(math.isinf, row.test))
@@ -106,7 +110,7 @@ def target_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
 def rate_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
     """The best rate of the trials, marked where it is the largest or smallest, and the time."""
 
-    def cell(task: str, row: Row) -> str:
+    def cell(_: str, row: Row) -> str:
         return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.2g} ms"
 
     yield from _table(rows, names, cell)
@@ -135,7 +139,9 @@ def _costs(of_task: dict[str, Row], kind: str) -> dict[str, float]:
     target = target_of(of_task)
     if target is None:
         return dict.fromkeys(of_task, math.inf)
-    unit = {name: row.milliseconds / 1e3 if kind == "seconds" else 1 for name, row in of_task.items()}
+    unit = {
+        name: row.milliseconds / 1e3 if kind == "seconds" else 1 for name, row in of_task.items()
+    }
     return {name: row.steps_to(target) * unit[name] for name, row in of_task.items()}
 
 
@@ -144,5 +150,8 @@ def _table(rows: Rows, names: dict[str, object], cell: object) -> Iterator[str]:
     yield f"| --- |{' ---: |' * len(rows)}"
     for name in names:
         if any(name in of_task for of_task in rows.values()):
-            cells = [cell(task, of_task[name]) if name in of_task else "" for task, of_task in rows.items()]
+            cells = [
+                cell(task, of_task[name]) if name in of_task else ""
+                for task, of_task in rows.items()
+            ]
             yield f"| {name} | {' | '.join(cells)} |"

@@ -69,7 +69,9 @@ def with_hessian_diag(
     """
     one_pass = curvax.from_state(curvax.value_grad_and_hessian_diag(task.mean_loss, has_aux=True))
 
-    def step(variables: Variables, state: PyTree, batch: Batch, key: jax.Array, refresh: Any) -> Any:
+    def step(
+        variables: Variables, state: PyTree, batch: Batch, key: jax.Array, refresh: Any
+    ) -> Any:
         params, statistics = variables
         point = params
         if radius:
@@ -91,7 +93,9 @@ def with_ggn_diag(task: Task, tx: Transformation, interval: int = 1, warmup: int
         curvax.value_grad_and_ggn_diag_from_outputs(_network(task), task.loss, has_aux=True)
     )
 
-    def step(variables: Variables, state: PyTree, batch: Batch, key: jax.Array, refresh: Any) -> Any:
+    def step(
+        variables: Variables, state: PyTree, batch: Batch, key: jax.Array, refresh: Any
+    ) -> Any:
         params, statistics = variables
         (loss, statistics), grads, diag = one_pass(
             params, *batch, statistics=statistics, noise_key=key, state=state, refresh=refresh

@@ -96,7 +96,9 @@ def cifar_resnet(size: str, data_dir: Path) -> Task:
             sample=augmented,
             scannable=False,
         )
-    task = _classification(ResNet20(), splits, batch_size=256, steps=28_000, model_evaluated=ResNet20)
+    task = _classification(
+        ResNet20(), splits, batch_size=256, steps=28_000, model_evaluated=ResNet20
+    )
     return task._replace(
         name="cifar-resnet",
         words="CIFAR-10, ResNet-20, 160 epochs, the published schedule and augmentation",
