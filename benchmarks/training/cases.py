@@ -31,8 +31,9 @@ def all_cases(args: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
     def case(name: str, seed: int) -> Rows:
         experiment = Experiment(task(), size, name, PUBLISHED[name], records, machine)
         line = experiment.run_published(seed)
-        numbers = {**line["test"], "diverged": line["diverged"], "seconds": line["seconds"]}
-        return {PUBLISHED[name].words: numbers}
+        numbers = {f"test_{key}": value for key, value in line["test"].items()}
+        ends = {"diverged": line["diverged"], "seconds": line["seconds"]}
+        return {PUBLISHED[name].words: {**numbers, **ends}}
 
     cases = {}
     for name in PUBLISHED:

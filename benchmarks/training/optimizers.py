@@ -195,6 +195,25 @@ CANDIDATES = {
         "curvax.adahessian(rate, nesterov=True), value_grad_and_ggn_diag_from_outputs",
         nesterov=True,
     ),
+    "AdaHessian, skipping zeros": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True)", skip_zeros=True
+    ),
+    "AdaHessian, skipping zeros, Nesterov": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True)", skip_zeros=True, nesterov=True
+    ),
+    "AdaHessian, skipping zeros, Nesterov, interval 10": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10, "
+        "refresh_warmup=100)",
+        skip_zeros=True,
+        nesterov=True,
+        update_interval=10,
+        refresh_warmup=100,
+    ),
+    "Gauss-Newton diagonal, skipping zeros, Nesterov": _ggn(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True), from outputs",
+        skip_zeros=True,
+        nesterov=True,
+    ),
     "M-FAC, relative, Newton's units": _relative_mfac(
         "relative damping 0.1, power 0", start=0.05, damping=0.1, power=0.0
     ),

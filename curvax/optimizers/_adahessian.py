@@ -111,6 +111,7 @@ def scale_by_adahessian(
     mu_dtype: Any | None = None,
     clip_threshold: Scalar | None = 1.0,
     nesterov: bool = False,
+    skip_zeros: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the averaged diagonal of the Hessian.
 
@@ -134,6 +135,7 @@ def scale_by_adahessian(
       clip_threshold: bound on the absolute value of each entry of the rescaled gradient; None
         for none.
       nesterov: whether to look one step ahead in the average of gradients.
+      skip_zeros: whether curvature is averaged over the estimates that are not zero.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a
@@ -232,7 +234,7 @@ def scale_by_adahessian(
                 )
             squares = _squared_curvature(averaging, layout, diag, state.nu)
             decay = decay_of_refresh(state.count, average.weight.dtype)
-            average = average.fold_in(squares, decay, due)
+            average = average.fold_in(squares, decay, due, skip_zeros=skip_zeros)
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: average_gradient(g, m, b1), updates, state.mu)
         mean = corrected_mean(mu, updates, count, b1, average.weight.dtype, nesterov=nesterov)
@@ -275,6 +277,7 @@ def adahessian(
     mu_dtype: Any | None = None,
     clip_threshold: Scalar | None = 1.0,
     nesterov: bool = False,
+    skip_zeros: bool = False,
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -344,6 +347,10 @@ def adahessian(
       nesterov: whether to look one step ahead in the average of gradients, as ``optax.adam``
         does: $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 -
         \beta_1^t)$.
+      skip_zeros: whether an entry whose estimate is exactly zero keeps its $\hat v$, so that $v$ is
+        the average over the estimates that are not. Rows of an embedding that a batch does not use
+        and inactive units have no curvature at most steps; the published average takes those zeros
+        in, and their steps are too long.
       weight_decay: the decoupled decay $\lambda$, times the learning rate. Divide a decay tuned for
         AdamW by the ratio of the learning rates.
       mask: a tree of bools, or a function of params that returns one: which leaves decay.
@@ -394,6 +401,7 @@ def adahessian(
             mu_dtype=mu_dtype,
             clip_threshold=clip_threshold,
             nesterov=nesterov,
+            skip_zeros=skip_zeros,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -2,7 +2,8 @@ r"""AdaHessian's average of squared curvature; each leaf accepts or refuses an e
 
 All leaves share one weight $w$, the average of ones, so that $\hat v = v / w$. A leaf with a
 non-finite estimate averages in its own $\hat v$ instead, which leaves $\hat v$ unchanged whatever
-happens to $w$. A leaf's first accepted estimate counts for all observations before it.
+happens to $w$; so does an entry of zero, if zeros are skipped. The first accepted estimate counts
+for all observations before it.
 """
 
 from typing import NamedTuple
@@ -46,7 +47,9 @@ class SquaredAverage(NamedTuple):
         weight = jnp.where(self.weight > 0, self.weight, 1)
         return jax.tree.map(lambda v: v / weight.astype(v.dtype), self.nu)
 
-    def fold_in(self, squares: PyTree, decay: jax.Array, due: bool | jax.Array) -> "SquaredAverage":
+    def fold_in(
+        self, squares: PyTree, decay: jax.Array, due: bool | jax.Array, *, skip_zeros: bool = False
+    ) -> "SquaredAverage":
         """The average with ``squares`` at a weight of ``1 - decay``; unchanged if not ``due``."""
         if not jax.tree.leaves(squares):
             return self._replace(refreshes=self.refreshes + due)
@@ -61,6 +64,8 @@ class SquaredAverage(NamedTuple):
             old: jax.Array, mean: jax.Array, new: jax.Array, finite: jax.Array, known: jax.Array
         ) -> jax.Array:
             kept = decay.astype(old.dtype)
+            if skip_zeros:
+                finite, known = finite & (new != 0), known & (old != 0)
             folded = kept * old + (1 - kept) * jnp.where(finite, new, mean)
             folded = jnp.where(known | ~finite, folded, weight.astype(old.dtype) * new)
             return jnp.where(accepted, folded, old)

@@ -70,6 +70,12 @@ TRANSFORMATIONS = (
     Transformation(
         "adahessian-nesterov", lambda p, **o: adahessian(p, nesterov=True, **o), RATE, flattens=True
     ),
+    Transformation(
+        "adahessian-skip-zeros",
+        lambda p, **o: adahessian(p, skip_zeros=True, **o),
+        RATE,
+        flattens=True,
+    ),
     Transformation("mfac", mfac, {**RATE, "damping": 0.1}, flattens=True),
     Transformation("keep_pruned", keep_pruned, RATE),
     Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p))),

@@ -244,6 +244,59 @@ def test_nesterov_looks_one_step_ahead_as_optax_adam_does(seed):
             np.testing.assert_allclose(updates, wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_skipped_zeros_leave_the_average_of_an_entry_as_it_was(seed, interval):
+    generator = np.random.default_rng(seed)
+    diags = generator.normal(size=(40, 6)) * (generator.random((40, 6)) < 0.3)
+    diags[:, 0] = 0.0
+    decay, weight, average = 0.9**interval, 0.0, np.zeros(6)
+    with jax.enable_x64(True):
+        x = jnp.ones(6, jnp.float64)
+        tx = curvax.scale_by_adahessian(b2=0.9, update_interval=interval, skip_zeros=True)
+        state = tx.init(x)
+        for step, diag in enumerate(diags):
+            _, state = tx.update(x, state, x, hessian_diag=diag)
+            if step % interval == 0:
+                before, weight = weight, decay * weight + (1 - decay)
+                folded = (decay * before * average + (1 - decay) * diag**2) / weight
+                average = np.where(average == 0, diag**2, np.where(diag == 0, average, folded))
+            np.testing.assert_allclose(state.nu / state.nu_weight, average, rtol=1e-9)
+    assert average[0] == 0
+
+
+def test_skipped_zeros_change_nothing_where_every_entry_curves():
+    x, diag = jnp.ones(3), jnp.array([1.0, -2.0, 0.5])
+    states = []
+    for skip_zeros in (False, True):
+        tx = curvax.scale_by_adahessian(skip_zeros=skip_zeros)
+        state = tx.init(x)
+        for scale in (1.0, 2.0, 3.0):
+            _, state = tx.update(x, state, x, hessian_diag=scale * diag)
+        states.append(state)
+    np.testing.assert_allclose(states[0].nu, states[1].nu, rtol=1e-6)
+
+
+def test_a_row_of_an_embedding_that_batches_rarely_use_takes_steps_of_its_own_curvature():
+    """With the zeros in, the step is longer by the root of how rarely the row is used."""
+
+    def loss(table, row):
+        return 2.0 * table[row] ** 2
+
+    def last_step(skip_zeros):
+        tx = curvax.scale_by_adahessian(b1=0.0, skip_zeros=skip_zeros, clip_threshold=None)
+        table = jnp.ones(2)
+        state = tx.init(table)
+        for step in range(101):
+            row = int(step % 100 == 0)
+            gradient = jax.grad(loss)(table, row)
+            updates, state = tx.update(gradient, state, table, obj_fn=lambda p: loss(p, row))  # noqa: B023
+        return float(updates[1])
+
+    assert last_step(skip_zeros=True) == pytest.approx(1.0, rel=0.01)  # Newton's
+    assert last_step(skip_zeros=False) > 5.0
+
+
 def test_a_mode_serves_a_loss_without_forward_derivatives():
     @jax.custom_vjp
     def cube(x):

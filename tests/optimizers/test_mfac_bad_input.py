@@ -27,7 +27,10 @@ pytestmark = pytest.mark.oldest
         ({"density": 0.1, "top_k_recall": 0.0}, r"top_k_recall must be a number in \(0, 1\]"),
         ({"density": 0.1, "top_k_recall": jnp.float32(0.5)}, "name it in static_args"),
         ({"top_k_recall": 0.9}, "needs sparse rows: set density"),
-        ({"window_scaling": "half"}, "window_scaling must be one of 'nominal', 'filled', 'relative'"),
+        (
+            {"window_scaling": "half"},
+            "window_scaling must be one of 'nominal', 'filled', 'relative'",
+        ),
         ({"window_dtype": "float16"}, "window_dtype must be one of 'float32', 'bfloat16'"),
         ({"max_update_norm": 0.0}, "max_update_norm must be a number in"),
     ],

@@ -33,7 +33,9 @@ def vector_for(wrapper):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("options", [{}, {"density": 0.4}, {"window_scaling": "filled"}, {"window_scaling": "relative"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"density": 0.4}, {"window_scaling": "filled"}, {"window_scaling": "relative"}]
+)
 def test_it_solves_with_the_window_of_the_last_step(wrapper, options):
     with jax.enable_x64(True):
         tx = WRAPPERS[wrapper](curvax.scale_by_mfac(4, 0.3, **options))

@@ -19,13 +19,10 @@ from models_flax import ResNet20
 import curvax
 from training.tasks.task import DataError, Numbers, Task, Variables, mean_of_parts, warmup_cosine
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "examples"))
-from datasets import DatasetError, from_idx_files  # noqa: E402
-
 PyTree = Any
 Images = tuple[jax.Array, jax.Array]  # with their labels
 
+ROOT = Path(__file__).parents[3]
 VALIDATION = 5000
 DECODED = ROOT / "build" / "training" / "cifar10_jpeg.npz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -204,6 +201,9 @@ def _random_images() -> dict[str, Images]:
 
 @functools.cache
 def _fashion(data_dir: Path) -> dict[str, Images]:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from datasets import DatasetError, from_idx_files  # needs scikit-learn
+
     for folder in (data_dir / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist")):
         if folder.is_dir():
             break
