@@ -159,11 +159,36 @@ CONTESTANTS = {
         refresh_warmup=100,
     ),
     "AdaHessian, Nesterov": _adahessian("curvax.adahessian(rate, nesterov=True)", nesterov=True),
+    "AdaHessian, skipping zeros, Nesterov": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True)", skip_zeros=True, nesterov=True
+    ),
+    "AdaHessian, skipping zeros, Nesterov, interval 10": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10, "
+        "refresh_warmup=100)",
+        skip_zeros=True,
+        nesterov=True,
+        update_interval=10,
+        refresh_warmup=100,
+    ),
     "Gauss-Newton diagonal": _ggn("curvax.adahessian(rate), value_grad_and_ggn_diag_from_outputs"),
+    "Gauss-Newton diagonal, skipping zeros, Nesterov": _ggn(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True), from outputs",
+        skip_zeros=True,
+        nesterov=True,
+    ),
     "M-FAC": _mfac(f"curvax.mfac(rate, {WINDOW})"),
     "M-FAC, momentum before": _mfac(f"chain(ema(0.9), curvax.mfac(rate, {WINDOW}))", before=0.9),
     "M-FAC, sparse": _mfac(
         f"chain(ema(0.9), curvax.mfac(rate, {WINDOW}, density=0.05))", before=0.9, density=0.05
+    ),
+    "M-FAC, relative, Nesterov": _nesterov_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, window_scaling='relative'))",
+        damping=0.1,
+    ),
+    "M-FAC, relative, Nesterov, sparse": _nesterov_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, density=0.05, relative))",
+        damping=0.1,
+        density=0.05,
     ),
 }
 
@@ -198,22 +223,6 @@ CANDIDATES = {
     "AdaHessian, skipping zeros": _adahessian(
         "curvax.adahessian(rate, skip_zeros=True)", skip_zeros=True
     ),
-    "AdaHessian, skipping zeros, Nesterov": _adahessian(
-        "curvax.adahessian(rate, skip_zeros=True, nesterov=True)", skip_zeros=True, nesterov=True
-    ),
-    "AdaHessian, skipping zeros, Nesterov, interval 10": _adahessian(
-        "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10, "
-        "refresh_warmup=100)",
-        skip_zeros=True,
-        nesterov=True,
-        update_interval=10,
-        refresh_warmup=100,
-    ),
-    "Gauss-Newton diagonal, skipping zeros, Nesterov": _ggn(
-        "curvax.adahessian(rate, skip_zeros=True, nesterov=True), from outputs",
-        skip_zeros=True,
-        nesterov=True,
-    ),
     "M-FAC, relative, Newton's units": _relative_mfac(
         "relative damping 0.1, power 0", start=0.05, damping=0.1, power=0.0
     ),
@@ -226,14 +235,9 @@ CANDIDATES = {
     "M-FAC, relative, 0.01": _relative_mfac(
         "relative damping 0.01, power 0.5", start=0.05, damping=0.01, power=0.5
     ),
-    "M-FAC, relative, Nesterov": _nesterov_mfac(
-        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, window_scaling='relative'))",
-        damping=0.1,
-    ),
-    "M-FAC, relative, Nesterov, sparse": _nesterov_mfac(
-        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.1, density=0.05, relative))",
-        damping=0.1,
-        density=0.05,
+    "M-FAC, relative, Nesterov, 0.01": _nesterov_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.01, window_scaling='relative'))",
+        damping=0.01,
     ),
     "natural gradient, iEF": _natural("iEF of the batch, relative damping 0.1", 0.1),
     "natural gradient, EF": _natural("EF of the batch, relative damping 0.1", 0.1, improved=False),
