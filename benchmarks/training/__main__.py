@@ -24,7 +24,8 @@ from training.records import Records
 from training.tasks import TASKS
 from training.tasks.task import DataError
 
-RESULTS = Path(__file__).parents[1] / "results" / "training"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "training"
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,12 +41,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _report(records: Records, folder: Path) -> None:
+    """The tables; those of the committed results with the pages that show them."""
+    is_committed = folder == RESULTS
+    report.write(records, folder, ROOT / "docs" / "images" if is_committed else folder)
+    if is_committed:
+        report.update_summary(records, ROOT / "README.md")
+
+
 def main() -> None:
     args = parse_args()
     head = timing.environment(("curvax", "jax", "optax", "flax"))
     records = Records(args.output, timing.results_path(head, "", Path()).name.strip("_"))
     if args.report:
-        report.write(records, args.output)
+        _report(records, args.output)
         return
     machine = {"name": head["name"], "versions": head["versions"], "date": head["date"]}
     names = [name for name in TASKS if any(part in name for part in args.tasks)]
@@ -63,7 +72,7 @@ def main() -> None:
                 if wanted and (contestant.only is None or task_name in contestant.only):
                     experiment = Experiment(task, args.size, name, contestant, records, machine)
                     experiment.run(args.seeds, progress.set_description)
-    report.write(records, args.output)
+    _report(records, args.output)
     if missing:
         sys.exit("\n".join(["Not all tasks have data:", *missing]))
 

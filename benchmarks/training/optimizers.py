@@ -223,6 +223,12 @@ CANDIDATES = {
     "AdaHessian, skipping zeros": _adahessian(
         "curvax.adahessian(rate, skip_zeros=True)", skip_zeros=True
     ),
+    "AdaHessian, skipping zeros, Nesterov, interval 10, cold": _adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10)",
+        skip_zeros=True,
+        nesterov=True,
+        update_interval=10,
+    ),
     "M-FAC, relative, Newton's units": _relative_mfac(
         "relative damping 0.1, power 0", start=0.05, damping=0.1, power=0.0
     ),

@@ -18,27 +18,56 @@ from training.comparison import (
 from training.experiment import TRIALS
 from training.optimizers import CANDIDATES, CONTESTANTS
 from training.records import Records
+from training.tasks import TASKS
 
 BASE = "NAdamW"
+SUMMARY = (
+    "SGD",
+    "AdamW",
+    "NAdamW",
+    "Muon",
+    "AdaHessian",
+    "AdaHessian, skipping zeros, Nesterov",
+    "Gauss-Newton diagonal, skipping zeros, Nesterov",
+    "M-FAC",
+    "M-FAC, relative, Nesterov",
+)
+MARKS = "<!-- training: made by make bench-training -->", "<!-- training: end -->"
 Rows = dict[str, dict[str, Row]]  # by task, then by contestant
 COMMAND = 'make bench-training ARGS="--data-dir DIR'
 
 
-def write(records: Records, folder: Path) -> list[Path]:
-    """Writes what there is of each size: a table, and the profiles as a picture."""
+def write(records: Records, folder: Path, pictures: Path) -> list[Path]:
+    """Writes what there is of each size: tables, which are returned, and the profiles."""
     written = []
     for size in sorted({key.size for key in records.lines}):
-        tasks = dict.fromkeys(key.task for key in records.lines if key.size == size)
         known = {**CONTESTANTS, **CANDIDATES}
-        rows = {task: rows_of(records, task, size, known) for task in tasks}
+        rows = {task: rows_of(records, task, size, known) for task in TASKS}
+        rows = {task: of_task for task, of_task in rows.items() if of_task}
         machines = {
             line["machine"]["name"] for key, line in records.lines.items() if key.size == size
         }
         path = folder / f"{size}.md"
         path.write_text("\n".join(_page(rows, size, sorted(machines))))
-        plot_profiles(rows, folder / f"{size}_profiles.png")
+        plot_profiles(rows, pictures / f"training_{size}_profiles.png")
         written.append(path)
-    return written
+    short = folder / "summary.md"
+    short.write_text(summary(records) + "\n")
+    return [*written, short]
+
+
+def update_summary(records: Records, path: Path) -> None:
+    """Replaces the short table of a page, between its marks."""
+    before, rest = path.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n{summary(records)}\n{MARKS[1]}{after}")
+
+
+def summary(records: Records) -> str:
+    """The test metrics of a few contestants on the tasks of a CPU's size."""
+    rows = {task: rows_of(records, task, "cpu", CONTESTANTS) for task in TASKS}
+    rows = {task: of_task for task, of_task in rows.items() if of_task}
+    return "\n".join(metric_table(rows, dict.fromkeys(SUMMARY)))
 
 
 def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
@@ -128,7 +157,9 @@ def plot_profiles(rows: Rows, path: Path) -> None:
                     costs[name][task] = cost
         for number, (name, parts) in enumerate(profile(costs, factors).items()):
             axis.step(factors, parts, where="post", label=name, ls=("-", "--", ":")[number // 10])
-        axis.set(xscale="log", xlabel=f"{kind} to the target, over the best optimizer's")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel=f"{kind} to the target, over the best optimizer's")
     axes[0].set(ylabel="part of the tasks", ylim=(0, 1.02))
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=110)

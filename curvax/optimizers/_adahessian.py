@@ -135,7 +135,7 @@ def scale_by_adahessian(
       clip_threshold: bound on the absolute value of each entry of the rescaled gradient; None
         for none.
       nesterov: whether to look one step ahead in the average of gradients.
-      skip_zeros: whether curvature is averaged over the estimates that are not zero.
+      skip_zeros: whether an estimate of exactly zero is no observation.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a
@@ -238,7 +238,8 @@ def scale_by_adahessian(
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: average_gradient(g, m, b1), updates, state.mu)
         mean = corrected_mean(mu, updates, count, b1, average.weight.dtype, nesterov=nesterov)
-        steps = preconditioned(mean, average, eps, hessian_power)
+        squares = average.filled() if skip_zeros else average.corrected()
+        steps = preconditioned(mean, squares, average.known(), eps, hessian_power)
         clipped = None
         if clip_threshold is not None:
             steps, clipped = clipped_entries(steps, clip_threshold)
@@ -347,10 +348,10 @@ def adahessian(
       nesterov: whether to look one step ahead in the average of gradients, as ``optax.adam``
         does: $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 -
         \beta_1^t)$.
-      skip_zeros: whether an entry whose estimate is exactly zero keeps its $\hat v$, so that $v$ is
-        the average over the estimates that are not. Rows of an embedding that a batch does not use
-        and inactive units have no curvature at most steps; the published average takes those zeros
-        in, and their steps are too long.
+      skip_zeros: whether an estimate of exactly zero is no observation. The entry then keeps its
+        $\hat v$, and while it has none, it takes the mean $\hat v$ of the entries of its leaf that
+        do. Rows of an embedding that a batch does not use and inactive units have no curvature at
+        most steps; the published average takes those zeros in, and their steps are too long.
       weight_decay: the decoupled decay $\lambda$, times the learning rate. Divide a decay tuned for
         AdamW by the ratio of the learning rates.
       mask: a tree of bools, or a function of params that returns one: which leaves decay.

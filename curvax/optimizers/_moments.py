@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from curvax._trees import PyTree, is_inexact, wide_dtype
-from curvax.optimizers._squared_average import SquaredAverage
 
 Scalar = jax.typing.ArrayLike
 
@@ -41,10 +40,10 @@ def corrected_mean(
 
 
 def preconditioned(
-    mean: PyTree, average: SquaredAverage, eps: Scalar, hessian_power: Scalar
+    mean: PyTree, squares: PyTree, known: jax.Array, eps: Scalar, hessian_power: Scalar
 ) -> PyTree:
     """The steps of Algorithm 1, in float32 or wider; zero while a leaf has no curvature."""
-    known = jax.tree.unflatten(jax.tree.structure(mean), list(average.known()))
+    known = jax.tree.unflatten(jax.tree.structure(mean), list(known))
 
     def leaf(m: jax.Array, square: jax.Array, known: jax.Array) -> jax.Array:
         if not is_inexact(m):
@@ -52,7 +51,7 @@ def preconditioned(
         step = m / (_power(jnp.sqrt(square), hessian_power) + eps)
         return jnp.where(known, step, 0)
 
-    return jax.tree.map(leaf, mean, average.corrected(), known)
+    return jax.tree.map(leaf, mean, squares, known)
 
 
 def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array]:

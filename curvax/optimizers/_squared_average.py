@@ -47,6 +47,16 @@ class SquaredAverage(NamedTuple):
         weight = jnp.where(self.weight > 0, self.weight, 1)
         return jax.tree.map(lambda v: v / weight.astype(v.dtype), self.nu)
 
+    def filled(self) -> PyTree:
+        """The same, and the mean of a leaf's other entries where an entry never curved."""
+
+        def leaf(square: jax.Array) -> jax.Array:
+            curved = jnp.sum(square > 0, dtype=square.dtype)
+            typical = jnp.sum(square) / jnp.maximum(curved, 1)
+            return jnp.where(square > 0, square, typical)
+
+        return jax.tree.map(leaf, self.corrected())
+
     def fold_in(
         self, squares: PyTree, decay: jax.Array, due: bool | jax.Array, *, skip_zeros: bool = False
     ) -> "SquaredAverage":

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from training.steppers import first_order, with_hessian_diag
 from training.tasks.task import Task, Variables, mean_loss, warmup_cosine
 
 import curvax
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "training"
 
 # --- The search for a rate ---
 
@@ -230,12 +234,22 @@ def test_every_contestant_takes_steps(name):
     assert run.diverged is None
 
 
-def test_the_report_names_every_contestant(tmp_path):
+def test_the_tables_are_those_of_the_recorded_runs(tmp_path):
+    shutil.copytree(RESULTS, tmp_path / "training")
+    written = report.write(Records(tmp_path / "training", "one"), tmp_path, tmp_path)
+    for path in written:
+        assert path.read_text() == (RESULTS / path.name).read_text()
+    readme = (RESULTS.parents[2] / "README.md").read_text()
+    assert report.summary(Records(RESULTS, "one")) in readme
+
+
+def test_the_report_names_every_contestant(tmp_path, monkeypatch):
+    monkeypatch.setitem(report.TASKS, "regression", None)
     for name in ("Adam", "SGD"):
         contestant = CONTESTANTS[name]._replace(only=None)
         experiment(tmp_path, contestant)._replace(name=name).run(2, lambda _: None)
-    (path,) = report.write(Records(tmp_path, "one"), tmp_path)
+    path, _ = report.write(Records(tmp_path, "one"), tmp_path, tmp_path)
     text = path.read_text()
     assert "| Adam |" in text
     assert "| SGD |" in text
-    assert (tmp_path / "cpu_profiles.png").exists()
+    assert (tmp_path / "training_cpu_profiles.png").exists()

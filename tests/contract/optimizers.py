@@ -106,6 +106,7 @@ ROWS = (
     adahessian("adahessian-row", averaging="row")._replace(largest_sum=3),
     adahessian("adahessian-block", averaging="block"),
     adahessian("adahessian-published", averaging="paper", clip_threshold=None),
+    adahessian("adahessian-skip-zeros", skip_zeros=True, nesterov=True),
     adahessian("adahessian-decay", weight_decay=1e-3)._replace(trials=WEAK_DECAY),
     mfac("mfac"),
     mfac("mfac-momentum-bfloat16", momentum=0.5, window_dtype="bfloat16")._replace(variant=True),

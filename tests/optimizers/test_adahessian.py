@@ -265,6 +265,25 @@ def test_skipped_zeros_leave_the_average_of_an_entry_as_it_was(seed, interval):
     assert average[0] == 0
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_an_entry_that_never_curved_takes_the_mean_square_of_those_of_its_leaf_that_did(power):
+    x = jnp.ones(4)
+    tx = curvax.scale_by_adahessian(
+        b1=0.0, eps=1e-9, hessian_power=power, skip_zeros=True, clip_threshold=None
+    )
+    diag = jnp.array([3.0, 0.0, 4.0, 0.0])
+    updates, _ = tx.update(x, tx.init(x), x, hessian_diag=diag)
+    typical = np.sqrt((9 + 16) / 2)
+    expected = np.array([3.0, typical, 4.0, typical]) ** -power
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_a_leaf_that_never_curved_is_bounded_with_zeros_skipped_too():
+    tx, x = curvax.adahessian(0.1, skip_zeros=True), jnp.ones(2)
+    updates, _ = tx.update(x, tx.init(x), x, hessian_diag=jnp.zeros(2))
+    np.testing.assert_allclose(updates, -0.1)
+
+
 def test_skipped_zeros_change_nothing_where_every_entry_curves():
     x, diag = jnp.ones(3), jnp.array([1.0, -2.0, 0.5])
     states = []
