@@ -18,8 +18,9 @@ import timing
 from tqdm import tqdm
 
 from training import report
+from training.candidates import CANDIDATES
 from training.experiment import Experiment
-from training.optimizers import CANDIDATES, CONTESTANTS
+from training.optimizers import CONTESTANTS
 from training.records import Records
 from training.tasks import TASKS
 from training.tasks.task import DataError

@@ -8,7 +8,16 @@ import optax
 
 import curvax
 from curvax.fisher import DenseWindow, solve_damped_gram
-from training.steppers import Stepper
+from training import steppers
+from training.optimizers import (
+    WINDOW,
+    Contestant,
+    adahessian,
+    first_order,
+    gauss_newton,
+    relative_mfac,
+)
+from training.steppers import Schedule, Stepper
 from training.tasks.task import Batch, Task, Variables, mean_loss
 
 PyTree = Any
@@ -138,3 +147,94 @@ def relative_eps(rate: Any, eps: float, clip_threshold: float = 1.0, **options: 
 
     relative = optax.GradientTransformationExtraArgs(tx.init, update)
     return optax.chain(relative, optax.clip(clip_threshold), optax.scale_by_learning_rate(rate))
+
+
+def _sassha(words: str, *, start: float, radius: float) -> Contestant:
+    def make(task: Task, rate: Schedule) -> Stepper:
+        tx = root_of_absolute(curvax.adahessian(rate, nesterov=True))
+        return steppers.with_hessian_diag(task, tx, radius=radius)
+
+    return Contestant(words, start, make)
+
+
+def _of_relative_eps(words: str, eps: float) -> Contestant:
+    def make(task: Task, rate: Schedule) -> Stepper:
+        tx = relative_eps(rate, eps, nesterov=True)
+        return steppers.with_hessian_diag(task, tx)
+
+    return Contestant(words, 0.3, make)
+
+
+def _of_relative_mfac(words: str, *, start: float, damping: float, power: float) -> Contestant:
+    def make(rate: Schedule) -> Any:
+        scaling = scale_by_relative_mfac(WINDOW, damping, power)
+        return optax.chain(optax.ema(0.9), scaling, optax.scale_by_learning_rate(rate))
+
+    return first_order(words, start, make)
+
+
+def _natural(words: str, start: float, **options: Any) -> Contestant:
+    def make(task: Task, rate: Schedule) -> Stepper:
+        return natural_gradient(task, optax.sgd(rate, momentum=0.9), **options)
+
+    return Contestant(
+        words, start, make, only=("fashion-mlp", "fashion-cnn", "clicks", "poisson", "burgers")
+    )
+
+
+CANDIDATES = {
+    "AdaHessian, Nesterov, no clip": adahessian(
+        "curvax.adahessian(rate, nesterov=True, clip_threshold=None)",
+        nesterov=True,
+        clip_threshold=None,
+    ),
+    "AdaHessian, Nesterov, interval 10": adahessian(
+        "curvax.adahessian(rate, nesterov=True, update_interval=10, refresh_warmup=100)",
+        nesterov=True,
+        update_interval=10,
+        refresh_warmup=100,
+    ),
+    "AdaHessian, Nesterov, interval 10, cold": adahessian(
+        "curvax.adahessian(rate, nesterov=True, update_interval=10)",
+        nesterov=True,
+        update_interval=10,
+    ),
+    "AdaHessian, Nesterov, sharpness-aware": adahessian(
+        "curvax.adahessian(rate, nesterov=True) at a radius of 0.05", nesterov=True, radius=0.05
+    ),
+    "SASSHA": _sassha("root of the mean of |D| at a radius of 0.05", start=0.05, radius=0.05),
+    "AdaHessian, root": _sassha("root of the mean of |D|", start=0.05, radius=0.0),
+    "AdaHessian, Nesterov, eps .1 of the leaf": _of_relative_eps("relative eps 0.1", 0.1),
+    "AdaHessian, Nesterov, eps .01 of the leaf": _of_relative_eps("relative eps 0.01", 0.01),
+    "Gauss-Newton diagonal, Nesterov": gauss_newton(
+        "curvax.adahessian(rate, nesterov=True), value_grad_and_ggn_diag_from_outputs",
+        nesterov=True,
+    ),
+    "AdaHessian, skipping zeros": adahessian(
+        "curvax.adahessian(rate, skip_zeros=True)", skip_zeros=True
+    ),
+    "AdaHessian, skipping zeros, Nesterov, interval 10, cold": adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10)",
+        skip_zeros=True,
+        nesterov=True,
+        update_interval=10,
+    ),
+    "M-FAC, relative, Newton's units": _of_relative_mfac(
+        "relative damping 0.1, power 0", start=0.05, damping=0.1, power=0.0
+    ),
+    "M-FAC, relative, scale-free": _of_relative_mfac(
+        "relative damping 0.1, power 0.5", start=0.05, damping=0.1, power=0.5
+    ),
+    "M-FAC, relative, gradient's units": _of_relative_mfac(
+        "relative damping 0.1, power 1", start=0.05, damping=0.1, power=1.0
+    ),
+    "M-FAC, relative, 0.01": _of_relative_mfac(
+        "relative damping 0.01, power 0.5", start=0.05, damping=0.01, power=0.5
+    ),
+    "M-FAC, relative, Nesterov, 0.01": relative_mfac(
+        f"chain(trace(0.9, nesterov=True), mfac(rate, {WINDOW}, 0.01, window_scaling='relative'))",
+        damping=0.01,
+    ),
+    "natural gradient, iEF": _natural("iEF of the batch, relative damping 0.1", 0.1),
+    "natural gradient, EF": _natural("EF of the batch, relative damping 0.1", 0.1, improved=False),
+}

@@ -68,6 +68,8 @@ class Program:
                 return run._replace(diverged=run.steps[-1])
             for name, value in task.evaluate(carry[0], "validation").items():
                 run.validation.setdefault(name, []).append(value)
+            if not math.isfinite(run.validation[task.metric][-1]):
+                return run._replace(diverged=run.steps[-1])
         return run if is_trial else run._replace(test=task.evaluate(carry[0], "test"))
 
     def _stepper(self, rate: Any) -> Stepper:

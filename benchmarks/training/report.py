@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from training.candidates import CANDIDATES
 from training.comparison import (
     TARGET_FAMILY,
     Row,
@@ -16,7 +17,7 @@ from training.comparison import (
     target_of,
 )
 from training.experiment import TRIALS
-from training.optimizers import CANDIDATES, CONTESTANTS
+from training.optimizers import CONTESTANTS
 from training.records import Records
 from training.tasks import TASKS
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import curvax
@@ -112,10 +111,7 @@ def of_somax(task: Task, make: Callable[..., Any], **options: Any) -> Stepper:
     def loss(params: PyTree, batch: dict[str, Any]) -> jax.Array:
         return task.mean_loss(params, batch["x"], batch["y"], {}, None)[0]
 
-    def predict(params: PyTree, inputs: Any) -> jax.Array:
-        return task.apply(params, inputs, {}, None)[0]
-
-    method = make(loss_fn=loss, predict_fn=predict, **options)
+    method = make(loss_fn=loss, **options)
 
     def step(variables: Variables, state: PyTree, batch: Batch, key: jax.Array, _: Any) -> Any:
         examples = dict(zip("xy", batch, strict=True))
@@ -137,9 +133,3 @@ def _due(interval: int, warmup: int) -> Callable[[int], bool | None]:
     if interval == 1:
         return lambda _: None
     return lambda step: curvax.refresh_due(step, interval, warmup)
-
-
-def finite(tree: PyTree) -> jax.Array:
-    """Whether all numbers of a tree are finite."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))
