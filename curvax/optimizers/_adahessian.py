@@ -306,8 +306,8 @@ def adahessian(
     the state, ``True`` does, ``False`` does not and needs none.
 
     Args:
-      learning_rate: a number or a schedule, on Newton's scale, not Adam's: about 0.05 to 2 with
-        ``hessian_power=1``; the paper uses 0.15 for ResNets.
+      learning_rate: a number or a schedule, on Newton's scale, not Adam's: start at 0.3 with
+        ``hessian_power=1``; the paper uses 0.15 for ResNets, and 0.05 to 2 elsewhere.
       b1: decay rate of the average of gradients, in [0, 1).
       b2: decay rate, per step, of the average of squared curvature, in [0, 1).
       eps: added to the denominator, outside root and power; positive. Where curvature vanishes
