@@ -23,7 +23,7 @@ class Row(NamedTuple):
       test: the metric of each seed's test data; infinite where a run diverged.
       validation: the same at each judged step, of validation data, for each seed.
       steps: the judged steps.
-      milliseconds: a step's time, the median of the runs.
+      milliseconds: a step's time in the fastest run or trial: other programs ran beside some.
       also: the means of the other numbers of test data.
       trials: the metric by rate, infinite where a trial diverged.
     """
@@ -96,7 +96,7 @@ def _row(lines: list[Line]) -> Row | None:
         test=[math.inf if run["diverged"] else run["test"][metric] for run in runs],
         validation=[run["validation"].get(metric, []) for run in runs],
         steps=max((run["steps"] for run in runs), key=len),
-        milliseconds=1e3 * statistics.median(run["seconds"] / run["steps"][-1] for run in runs),
+        milliseconds=1e3 * min(line["seconds"] / line["steps"][-1] for line in lines),
         also=also,
         trials=trials,
     )

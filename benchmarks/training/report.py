@@ -1,7 +1,7 @@
 """Tables and plots of the recorded runs, generated and never typed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,8 +17,9 @@ from training.comparison import (
     target_of,
 )
 from training.experiment import TRIALS
-from training.optimizers import CONTESTANTS
+from training.optimizers import CONTESTANTS, Contestant
 from training.records import Records
+from training.search import rounded
 from training.tasks import TASKS
 
 BASE = "NAdamW"
@@ -68,7 +69,7 @@ def summary(records: Records) -> str:
     """The test metrics of a few contestants on the tasks of a CPU's size."""
     rows = {task: rows_of(records, task, "cpu", CONTESTANTS) for task in TASKS}
     rows = {task: of_task for task, of_task in rows.items() if of_task}
-    return "\n".join(metric_table(rows, dict.fromkeys(SUMMARY)))
+    return "\n".join(metric_table(rows, {name: CONTESTANTS[name] for name in SUMMARY}))
 
 
 def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
@@ -83,6 +84,9 @@ def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
     yield from target_table(rows, CONTESTANTS)
     yield "\n#### Rates, and milliseconds a step\n"
     yield from rate_table(rows, CONTESTANTS)
+    yield "\n#### What the first rate loses against the best of the trials\n"
+    yield "The first rate is the same on all tasks; on validation data, in percent.\n"
+    yield from start_table(rows, CONTESTANTS)
     if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
         yield f"\n#### Ideas: deviations ahead of {BASE}\n"
         yield from ahead_table(rows, CANDIDATES)
@@ -91,7 +95,7 @@ def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
     yield ""
 
 
-def metric_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """Means and deviations of the test metric; the best of all contestants is bold."""
     best = {
         task: min((row.mean for row in of_task.values()), default=0)
@@ -108,7 +112,7 @@ def metric_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
     yield from _table(rows, names, cell)
 
 
-def ahead_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+def ahead_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """How many pooled deviations each mean is better than that of the base."""
 
     def cell(task: str, row: Row) -> str:
@@ -120,7 +124,7 @@ def ahead_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
     yield from _table(rows, names, cell)
 
 
-def target_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+def target_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """Steps and seconds to the target over those of the quickest of Adam's family."""
 
     def cell(task: str, row: Row) -> str:
@@ -137,11 +141,22 @@ def target_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
     yield from _table(rows, names, cell)
 
 
-def rate_table(rows: Rows, names: dict[str, object]) -> Iterator[str]:
+def rate_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """The best rate of the trials, marked where it is the largest or smallest, and the time."""
 
     def cell(_: str, row: Row) -> str:
         return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.2g} ms"
+
+    yield from _table(rows, names, cell)
+
+
+def start_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
+    """The metric at the rate that the search starts from, over that of the best trial."""
+
+    def cell(task: str, row: Row) -> str:
+        name = next(name for name, other in rows[task].items() if other is row)
+        first, best = row.trials[rounded(names[name].start)], row.trials[row.rate]
+        return f"{100 * (first / best - 1):.3g}" if math.isfinite(first) else "diverged"
 
     yield from _table(rows, names, cell)
 
@@ -177,7 +192,9 @@ def _costs(of_task: dict[str, Row], kind: str) -> dict[str, float]:
     return {name: row.steps_to(target) * unit[name] for name, row in of_task.items()}
 
 
-def _table(rows: Rows, names: dict[str, object], cell: object) -> Iterator[str]:
+def _table(
+    rows: Rows, names: dict[str, Contestant], cell: Callable[[str, Row], str]
+) -> Iterator[str]:
     yield f"| | {' | '.join(rows)} |"
     yield f"| --- |{' ---: |' * len(rows)}"
     for name in names:
