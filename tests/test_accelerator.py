@@ -90,7 +90,7 @@ def test_the_next_run_tries_what_failed_and_keeps_the_rest(run):
 
 def test_rows_of_other_numbers_than_times_are_in_the_table(run, capsys):
     row = "{'test_accuracy': 0.91234, 'seeds': 5}"
-    run("training", f"def all_cases(args): return {{'digits': lambda: {{'Adam': {row}}}}}")
+    run("accuracies", f"def all_cases(args): return {{'digits': lambda: {{'Adam': {row}}}}}")
     assert "| Adam | test accuracy 0.912, seeds 5 |" in capsys.readouterr().out
 
 

@@ -45,7 +45,9 @@ def test_it_solves_with_the_window_of_the_last_step(wrapper, options):
             _, state = jax.jit(tx.update)(grads(seed), state, grads(0))
             rows.append(np.asarray(grads(seed)["w"]) + before - waiting(state))
         window = np.stack(rows[-4:])
-        fisher = 0.3 * np.eye(SIZE) + window.T @ window / 4
+        is_relative = options.get("window_scaling") == "relative"
+        unit = np.mean(np.sum(window**2, axis=1)) / 4 if is_relative else 1.0
+        fisher = 0.3 * unit * np.eye(SIZE) + window.T @ window / 4
         vector = vector_for(wrapper)
         product = curvax.mfac_ihvp(state, vector)
         np.testing.assert_allclose(product["w"], np.linalg.solve(fisher, vector["w"]), rtol=1e-9)
