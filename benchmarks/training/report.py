@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from training.candidates import CANDIDATES
@@ -163,6 +162,8 @@ def start_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 
 def plot_profiles(rows: Rows, path: Path) -> None:
     """For each contestant the part of the tasks solved within a factor of the best."""
+    import matplotlib.pyplot as plt  # the tests of the oldest versions go without
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     factors = np.geomspace(1, 8, 200)
     for axis, kind in zip(axes, ("steps", "seconds"), strict=True):
