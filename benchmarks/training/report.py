@@ -161,13 +161,13 @@ def start_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 
 
 def plot_profiles(rows: Rows, path: Path) -> None:
-    """For each contestant the part of the tasks solved within a factor of the best."""
+    """The part of the tasks that each of a few solves within a factor of the best of them."""
     import matplotlib.pyplot as plt  # the tests of the oldest versions go without
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     factors = np.geomspace(1, 8, 200)
     for axis, kind in zip(axes, ("steps", "seconds"), strict=True):
-        costs: dict[str, dict[str, float]] = {name: {} for name in CONTESTANTS}
+        costs: dict[str, dict[str, float]] = {name: {} for name in SUMMARY}
         for task, of_task in rows.items():
             for name, cost in _costs(of_task, kind).items():
                 if name in costs:
