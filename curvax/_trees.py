@@ -228,3 +228,10 @@ def _matching(leaf: Any, path: Path, update: jax.Array, name: str) -> Any:
             f"gradient has shape {jnp.shape(update)}."
         )
     return leaf
+
+
+def count_true(mask: jax.Array) -> jax.Array:
+    """How many entries are true, a float32 scalar."""
+    # Counted as integers where these suffice: float32 stops counting at 2^24.
+    count_dtype = jnp.int32 if mask.size < 2**31 else jnp.float32
+    return jnp.sum(mask, dtype=count_dtype).astype(jnp.float32)

@@ -11,7 +11,6 @@ from training.search import best_rate
 
 Line = dict[str, Any]
 TARGET_FAMILY = ("Adam", "AdamW", "NAdamW")
-LEVEL, AHEAD = 1.0, 2.0  # deviations
 
 
 class Row(NamedTuple):

@@ -77,6 +77,8 @@ def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
     yield f"validation data; machines: {', '.join(machines)}."
     yield "\n#### Test metric at the end\n"
     yield from metric_table(rows, CONTESTANTS)
+    yield "\n#### Its median, and means of the other test numbers\n"
+    yield from numbers_table(rows, CONTESTANTS)
     yield f"\n#### Deviations ahead of {BASE}\n"
     yield from ahead_table(rows, CONTESTANTS)
     yield "\n#### Steps to the target, and seconds, over those of the best of Adam's family\n"
@@ -107,6 +109,16 @@ def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
             return f"{diverged} of {len(row.test)} diverged"
         text = f"{row.mean:.4g} ± {row.deviation:.1g}"
         return f"**{text}**" if row.mean == best[task] else text
+
+    yield from _table(rows, names, cell)
+
+
+def numbers_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
+    """The median of the test metric, and what else test data was judged by."""
+
+    def cell(_: str, row: Row) -> str:
+        numbers = [f"{name} {value:.3g}" for name, value in row.also.items()]
+        return ", ".join([f"{row.median:.4g}", *numbers])
 
     yield from _table(rows, names, cell)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._trees import PyTree, is_inexact, wide_dtype
+from curvax._trees import PyTree, count_true, is_inexact, wide_dtype
 
 Scalar = jax.typing.ArrayLike
 
@@ -58,10 +58,7 @@ def clipped_entries(steps: PyTree, threshold: Scalar) -> tuple[PyTree, jax.Array
     """The steps with bounded entries, and the share of entries beyond the bound."""
     counts, size = [jnp.zeros((), jnp.float32)], 0.0
     for step in jax.tree.leaves(steps):
-        # Counted as integers where these suffice: float32 stops counting at 2^24.
-        count_dtype = jnp.int32 if step.size < 2**31 else jnp.float32
-        beyond = jnp.abs(step) > threshold
-        counts.append(jnp.sum(beyond, dtype=count_dtype).astype(jnp.float32))
+        counts.append(count_true(jnp.abs(step) > threshold))
         size += step.size
 
     def leaf(step: jax.Array) -> jax.Array:

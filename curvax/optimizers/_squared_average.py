@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree, is_inexact, wide_dtype, widest_dtype
+from curvax._trees import PyTree, count_true, is_inexact, wide_dtype, widest_dtype
 
 
 class SquaredAverage(NamedTuple):
@@ -51,8 +51,8 @@ class SquaredAverage(NamedTuple):
         """The same, and the mean of a leaf's other entries where an entry never curved."""
 
         def leaf(square: jax.Array) -> jax.Array:
-            curved = jnp.sum(square > 0, dtype=square.dtype)
-            typical = jnp.sum(square) / jnp.maximum(curved, 1)
+            curved = jnp.maximum(count_true(square > 0), 1).astype(square.dtype)
+            typical = jnp.sum(square) / curved
             return jnp.where(square > 0, square, typical)
 
         return jax.tree.map(leaf, self.corrected())
