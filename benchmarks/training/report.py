@@ -17,6 +17,7 @@ from training.comparison import (
 )
 from training.experiment import TRIALS
 from training.optimizers import CONTESTANTS, Contestant
+from training.published import PUBLISHED
 from training.records import Records
 from training.search import rounded
 from training.tasks import TASKS
@@ -49,8 +50,10 @@ def write(records: Records, folder: Path, pictures: Path) -> list[Path]:
             line["machine"]["name"] for key, line in records.lines.items() if key.size == size
         }
         path = folder / f"{size}.md"
-        path.write_text("\n".join(_page(rows, size, sorted(machines))))
-        plot_profiles(rows, pictures / f"training_{size}_profiles.png")
+        published = rows_of(records, "cifar-resnet", size, PUBLISHED)
+        path.write_text("\n".join(_page(rows, published, size, sorted(machines))))
+        if rows:
+            plot_profiles(rows, pictures / f"training_{size}_profiles.png")
         written.append(path)
     short = folder / "summary.md"
     short.write_text(summary(records) + "\n")
@@ -71,7 +74,7 @@ def summary(records: Records) -> str:
     return "\n".join(metric_table(rows, {name: CONTESTANTS[name] for name in SUMMARY}))
 
 
-def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
+def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str]) -> Iterator[str]:
     command = f'{COMMAND} --size {size}"' if size != "cpu" else f'{COMMAND}"'
     yield f"`{command}`; {TRIALS} trials of the rate for each optimizer on each task, the best by"
     yield f"validation data; machines: {', '.join(machines)}."
@@ -88,6 +91,9 @@ def _page(rows: Rows, size: str, machines: list[str]) -> Iterator[str]:
     yield "\n#### What the first rate loses against the best of the trials\n"
     yield "The first rate is the same on all tasks; on validation data, in percent.\n"
     yield from start_table(rows, CONTESTANTS)
+    if published:
+        yield "\n#### At published settings, without trials\n"
+        yield from metric_table({"cifar-resnet": published}, PUBLISHED)
     if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
         yield f"\n#### Ideas: deviations ahead of {BASE}\n"
         yield from ahead_table(rows, CANDIDATES)

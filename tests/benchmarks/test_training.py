@@ -15,6 +15,7 @@ from training.comparison import Row, deviations_ahead, profile, rows_of, target_
 from training.experiment import TRIALS, Experiment
 from training.loop import Program
 from training.optimizers import CONTESTANTS, Contestant
+from training.published import PUBLISHED
 from training.records import VERSION, Key, Records
 from training.search import best_rate, next_rate
 from training.steppers import first_order, with_hessian_diag
@@ -241,6 +242,19 @@ def test_the_tables_are_those_of_the_recorded_runs(tmp_path):
         assert path.read_text() == (RESULTS / path.name).read_text()
     readme = (RESULTS.parents[2] / "README.md").read_text()
     assert report.summary(Records(RESULTS, "one")) in readme
+
+
+def test_runs_at_published_settings_have_a_table_of_their_own(tmp_path):
+    contestant = PUBLISHED["SGD"]._replace(start=1e-3)
+    task = regression()._replace(name="cifar-resnet")
+    records = Records(tmp_path, "one")
+    for seed in range(2):
+        Experiment(task, "accelerator", "SGD", contestant, records, {"name": "x"}).run_published(
+            seed
+        )
+    path, _ = report.write(records, tmp_path, tmp_path)
+    text = path.read_text()
+    assert "| SGD | **" in text[text.index("At published settings") :]
 
 
 def test_the_report_names_every_contestant(tmp_path, monkeypatch):
