@@ -35,37 +35,37 @@ def first_order(words: str, start: float, make: Callable[..., Any]) -> Contestan
 
 
 def adahessian(
-    words: str, *, start: float = 0.3, radius: float = 0.0, **options: Any
+    words: str, *, radius: float = 0.0, num_probes: int = 1, **options: Any
 ) -> Contestant:
     interval, warmup = (options.get(key, 0) for key in ("update_interval", "refresh_warmup"))
 
     def make(task: Task, rate: Schedule) -> Stepper:
         tx = curvax.adahessian(rate, **options)
-        return steppers.with_hessian_diag(task, tx, interval or 1, warmup, radius)
+        return steppers.with_hessian_diag(
+            task, tx, interval or 1, warmup, radius=radius, num_probes=num_probes
+        )
 
-    return Contestant(words, start, make)
+    return Contestant(words, 0.3, make)
 
 
-def gauss_newton(words: str, *, start: float = 0.03, **options: Any) -> Contestant:
+def gauss_newton(words: str, **options: Any) -> Contestant:
     def make(task: Task, rate: Schedule) -> Stepper:
         return steppers.with_ggn_diag(task, curvax.adahessian(rate, **options))
 
-    return Contestant(words, start, make)
+    return Contestant(words, 0.03, make)
 
 
-def mfac(
-    words: str, *, before: float = 0.0, start: float = 0.05 / WINDOW, **options: Any
-) -> Contestant:
+def mfac(words: str, *, before: float = 0.0, **options: Any) -> Contestant:
     def make(rate: Schedule) -> Any:
         tx = curvax.mfac(rate, WINDOW, **options)
         return optax.chain(optax.ema(before), tx) if before else tx
 
-    return first_order(words, start, make)
+    return first_order(words, 0.05 / WINDOW, make)
 
 
-def relative_mfac(words: str, **options: Any) -> Contestant:
+def relative_mfac(words: str, *, num_grads: int = WINDOW, **options: Any) -> Contestant:
     def make(rate: Schedule) -> Any:
-        tx = curvax.mfac(rate, WINDOW, window_scaling="relative", **options)
+        tx = curvax.mfac(rate, num_grads, window_scaling="relative", **options)
         return optax.chain(optax.trace(0.9, nesterov=True), tx)
 
     return first_order(words, 0.1, make)
@@ -118,10 +118,18 @@ CONTESTANTS = {
         refresh_warmup=100,
     ),
     "AdaHessian, Nesterov": adahessian("curvax.adahessian(rate, nesterov=True)", nesterov=True),
-    "AdaHessian, skipping zeros, Nesterov": adahessian(
-        "curvax.adahessian(rate, skip_zeros=True, nesterov=True)", skip_zeros=True, nesterov=True
+    "AdaHessian, Nesterov, interval 10": adahessian(
+        "curvax.adahessian(rate, nesterov=True, update_interval=10, refresh_warmup=100)",
+        nesterov=True,
+        update_interval=10,
+        refresh_warmup=100,
     ),
-    "AdaHessian, skipping zeros, Nesterov, interval 10": adahessian(
+    "AdaHessian, Nesterov, zeros skipped": adahessian(
+        "curvax.adahessian(rate, skip_zeros=True, nesterov=True)",
+        skip_zeros=True,
+        nesterov=True,
+    ),
+    "AdaHessian, Nesterov, zeros skipped, interval 10": adahessian(
         "curvax.adahessian(rate, skip_zeros=True, nesterov=True, update_interval=10, "
         "refresh_warmup=100)",
         skip_zeros=True,
@@ -132,7 +140,7 @@ CONTESTANTS = {
     "Gauss-Newton diagonal": gauss_newton(
         "curvax.adahessian(rate), value_grad_and_ggn_diag_from_outputs"
     ),
-    "Gauss-Newton diagonal, skipping zeros, Nesterov": gauss_newton(
+    "Gauss-Newton diagonal, Nesterov, zeros skipped": gauss_newton(
         "curvax.adahessian(rate, skip_zeros=True, nesterov=True), from outputs",
         skip_zeros=True,
         nesterov=True,

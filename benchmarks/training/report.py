@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training import recipes
 from training.candidates import CANDIDATES
 from training.comparison import (
     TARGET_FAMILY,
@@ -29,8 +30,9 @@ SUMMARY = (
     "NAdamW",
     "Muon",
     "AdaHessian",
-    "AdaHessian, skipping zeros, Nesterov",
-    "Gauss-Newton diagonal, skipping zeros, Nesterov",
+    "AdaHessian, Nesterov",
+    "AdaHessian, Nesterov, zeros skipped",
+    "Gauss-Newton diagonal, Nesterov, zeros skipped",
     "M-FAC",
     "M-FAC, relative, Nesterov",
 )
@@ -55,9 +57,10 @@ def write(records: Records, folder: Path, pictures: Path) -> list[Path]:
         if rows:
             plot_profiles(rows, pictures / f"training_{size}_profiles.png")
         written.append(path)
-    short = folder / "summary.md"
+    short, checked = folder / "summary.md", folder / "recipes.md"
     short.write_text(summary(records) + "\n")
-    return [*written, short]
+    checked.write_text("\n".join(recipes.table(_cpu_rows(records))) + "\n")
+    return [*written, short, checked]
 
 
 def update_summary(records: Records, path: Path) -> None:
@@ -69,9 +72,13 @@ def update_summary(records: Records, path: Path) -> None:
 
 def summary(records: Records) -> str:
     """The test metrics of a few contestants on the tasks of a CPU's size."""
+    names = {name: CONTESTANTS[name] for name in SUMMARY}
+    return "\n".join(metric_table(_cpu_rows(records), names))
+
+
+def _cpu_rows(records: Records) -> Rows:
     rows = {task: rows_of(records, task, "cpu", CONTESTANTS) for task in TASKS}
-    rows = {task: of_task for task, of_task in rows.items() if of_task}
-    return "\n".join(metric_table(rows, {name: CONTESTANTS[name] for name in SUMMARY}))
+    return {task: of_task for task, of_task in rows.items() if of_task}
 
 
 def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str]) -> Iterator[str]:

@@ -60,13 +60,21 @@ def with_function(task: Task, tx: Transformation) -> Stepper:
 
 
 def with_hessian_diag(
-    task: Task, tx: Transformation, interval: int = 1, warmup: int = 0, radius: float = 0.0
+    task: Task,
+    tx: Transformation,
+    interval: int = 1,
+    warmup: int = 0,
+    *,
+    radius: float = 0.0,
+    num_probes: int = 1,
 ) -> Stepper:
     """Gradient and Hessian diagonal in one pass.
 
     With a ``radius`` both are taken at the sharpness-aware point, that far up the gradient.
     """
-    one_pass = curvax.from_state(curvax.value_grad_and_hessian_diag(task.mean_loss, has_aux=True))
+    one_pass = curvax.from_state(
+        curvax.value_grad_and_hessian_diag(task.mean_loss, has_aux=True, num_probes=num_probes)
+    )
 
     def step(
         variables: Variables, state: PyTree, batch: Batch, key: jax.Array, refresh: Any
@@ -89,7 +97,7 @@ def with_hessian_diag(
 def with_ggn_diag(task: Task, tx: Transformation, interval: int = 1, warmup: int = 0) -> Stepper:
     """The gradient, and the Gauss-Newton diagonal from a probe on the outputs."""
     one_pass = curvax.from_state(
-        curvax.value_grad_and_ggn_diag_from_outputs(_network(task), task.loss, has_aux=True)
+        curvax.value_grad_and_ggn_diag_from_outputs(network_of(task), task.loss, has_aux=True)
     )
 
     def step(
@@ -109,12 +117,12 @@ def of_somax(task: Task, make: Callable[..., Any], **options: Any) -> Stepper:
     """A method of Somax, which updates the parameters itself; it takes no batch statistics."""
 
     def loss(params: PyTree, batch: dict[str, Any]) -> jax.Array:
-        return task.mean_loss(params, batch["x"], batch["y"], {}, None)[0]
+        return task.mean_loss(params, batch["x"], batch["y"], {}, batch["key"])[0]
 
     method = make(loss_fn=loss, **options)
 
     def step(variables: Variables, state: PyTree, batch: Batch, key: jax.Array, _: Any) -> Any:
-        examples = dict(zip("xy", batch, strict=True))
+        examples = {"x": batch[0], "y": batch[1], "key": key}  # of dropout: it passes a tree on
         value = loss(variables.params, examples)
         params, state, _ = method.step(variables.params, examples, state, key)
         return Variables(params, variables.statistics), state, value
@@ -122,7 +130,9 @@ def of_somax(task: Task, make: Callable[..., Any], **options: Any) -> Stepper:
     return Stepper(method.init, step)
 
 
-def _network(task: Task) -> Callable[..., Any]:
+def network_of(task: Task) -> Callable[..., Any]:
+    """Outputs and new statistics, from parameters and inputs."""
+
     def network(params: PyTree, inputs: Any, *, statistics: PyTree, noise_key: jax.Array) -> Any:
         return task.apply(params, inputs, statistics, noise_key)
 

@@ -351,7 +351,8 @@ def adahessian(
       skip_zeros: whether an estimate of exactly zero is no observation. The entry then keeps its
         $\hat v$, and while it has none, it takes the mean $\hat v$ of the entries of its leaf that
         do. Rows of an embedding that a batch does not use and inactive units have no curvature at
-        most steps; the published average takes those zeros in, and their steps are too long.
+        most steps. The published average takes those zeros in, so that each use moves such an
+        entry by more than Newton's step: better for rare words, worse for rare ids.
       weight_decay: the decoupled decay $\lambda$, times the learning rate. Divide a decay tuned for
         AdamW by the ratio of the learning rates.
       mask: a tree of bools, or a function of params that returns one: which leaves decay.

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import report
+from training import recipes, report
+from training.candidates import CANDIDATES
 from training.comparison import Row, deviations_ahead, profile, rows_of, target_of
 from training.experiment import TRIALS, Experiment
 from training.loop import Program
 from training.optimizers import CONTESTANTS, Contestant
 from training.published import PUBLISHED
+from training.recipes import RECIPES
 from training.records import VERSION, Key, Records
 from training.search import best_rate, next_rate
 from training.steppers import first_order, with_hessian_diag
+from training.tasks import TASKS
 from training.tasks.task import Task, Variables, mean_loss, warmup_cosine
 
 import curvax
@@ -229,10 +232,16 @@ def test_changed_settings_are_another_run(tmp_path):
     assert len(rows["SGD"].test) == 1
 
 
-@pytest.mark.parametrize("name", [n for n in CONTESTANTS if "Somax" not in n])
-def test_every_contestant_takes_steps(name):
-    run = Program(regression(), CONTESTANTS[name]).run(1e-3, 0, is_trial=False)
+@pytest.mark.parametrize("name", [n for n in [*CONTESTANTS, *CANDIDATES] if "Somax" not in n])
+def test_every_contestant_and_every_idea_takes_steps(name):
+    contestant = {**CONTESTANTS, **CANDIDATES}[name]
+    run = Program(regression(), contestant).run(1e-3, 0, is_trial=False)
     assert run.diverged is None
+    assert run.validation["loss"][-1] < run.validation["loss"][0]
+
+
+def test_ideas_and_contestants_have_names_of_their_own():
+    assert not CONTESTANTS.keys() & CANDIDATES.keys()
 
 
 def test_the_tables_are_those_of_the_recorded_runs(tmp_path):
@@ -252,9 +261,29 @@ def test_runs_at_published_settings_have_a_table_of_their_own(tmp_path):
         Experiment(task, "accelerator", "SGD", contestant, records, {"name": "x"}).run_published(
             seed
         )
-    path, _ = report.write(records, tmp_path, tmp_path)
+    path, *_ = report.write(records, tmp_path, tmp_path)
     text = path.read_text()
     assert "| SGD | **" in text[text.index("At published settings") :]
+
+
+def test_recipes_are_checked_on_tasks_that_did_not_find_them():
+    for recipe in RECIPES:
+        assert recipe.contestant in CONTESTANTS
+        assert recipe.checked
+        assert not set(recipe.found) & set(recipe.checked)
+        assert {*recipe.found, *recipe.checked} <= TASKS.keys()
+
+
+def test_the_table_of_recipes_has_the_trials_at_the_first_and_the_best_rate():
+    recipe = RECIPES[0]
+    trials = {CONTESTANTS[recipe.contestant].start: 3.0, 0.1: 2.0}
+    base = {CONTESTANTS["NAdamW"].start: 4.0, 0.1: 2.5}
+    rows = {
+        recipe.contestant: row([1.0, 3.0], [])._replace(trials=trials),
+        "NAdamW": row([5.0, 9.0], [])._replace(trials=base),
+    }
+    *_, line = recipes.table({recipe.checked[0]: rows})
+    assert line.endswith(f"| {recipe.checked[0]} | no | 3 | 2 | 4 | 2.5 | +2.2 |")
 
 
 def test_the_report_names_every_contestant(tmp_path, monkeypatch):
@@ -262,7 +291,7 @@ def test_the_report_names_every_contestant(tmp_path, monkeypatch):
     for name in ("Adam", "SGD"):
         contestant = CONTESTANTS[name]._replace(only=None)
         experiment(tmp_path, contestant)._replace(name=name).run(2, lambda _: None)
-    path, _ = report.write(Records(tmp_path, "one"), tmp_path, tmp_path)
+    path, *_ = report.write(Records(tmp_path, "one"), tmp_path, tmp_path)
     text = path.read_text()
     assert "| Adam |" in text
     assert "| SGD |" in text

@@ -116,8 +116,8 @@ class Embedding(nn.Module):
         return nn.Dropout(self.dropout, deterministic=not self.train)(x)
 
 
-class Encoder(nn.Module):
-    """From source tokens to vectors."""
+class Stack(nn.Module):
+    """The sizes of an encoder or a decoder."""
 
     vocabulary: int
     width: int
@@ -125,6 +125,10 @@ class Encoder(nn.Module):
     heads: int
     dropout: float
     train: bool
+
+
+class Encoder(Stack):
+    """From source tokens to vectors."""
 
     @nn.compact
     def __call__(self, source: jax.Array) -> jax.Array:
@@ -134,15 +138,8 @@ class Encoder(nn.Module):
         return nn.LayerNorm()(x)
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """From the source's vectors and the tokens so far to logits, of one position if it is given."""
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    dropout: float
-    train: bool
 
     @nn.compact
     def __call__(
