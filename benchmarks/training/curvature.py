@@ -33,17 +33,17 @@ from training.tasks.task import Batch, Task, Variables
 
 NAME = "AdaHessian, Nesterov, zeros skipped"
 SAMPLES = 64
-SPECTRUM_BATCHES = 8
+SPECTRUM_BATCHES = 4
 COLUMNS = {
-    "gradient_signal": "gradient's signal",
-    "probe_signal": "probe's signal",
-    "ggn_probe_signal": "output probe's signal",
+    "gradient_signal": "gradient",
+    "probe_signal": "probe",
+    "ggn_probe_signal": "output probe",
     "zeros": "zeros",
-    "correlation": "correlation with Adam",
-    "leaf_factor": "factor between leaves",
+    "correlation": "correlation",
+    "leaf_factor": "factor",
     "negative": "negative",
     "lowest": "lowest / highest",
-    "directions": f"directions of {SAMPLES}",
+    "directions": "directions",
 }
 Tree = Any
 
@@ -152,7 +152,7 @@ def _spectrum(
     operator = spectrum.hessian_operator(
         loss_fn, params, batches[:SPECTRUM_BATCHES], batch_weight=lambda *_: 1.0
     )
-    density = spectrum.spectral_density(operator, key=3, order=40, num_probes=4)
+    density = spectrum.spectral_density(operator, key=3, order=32, num_probes=2)
     sizes = np.concatenate(
         [nodes * weights for nodes, weights in zip(density.nodes, density.weights, strict=True)]
     )

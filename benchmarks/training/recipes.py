@@ -14,7 +14,7 @@ class Recipe(NamedTuple):
     """A contestant for a kind of task.
 
     Attributes:
-      kind: the kind of task.
+      kind: the kind of task, or of optimizer.
       contestant: its name in the tables.
       found: the tasks on whose validation data the options and the first rate were chosen.
       checked: other tasks of the kind.
@@ -45,7 +45,12 @@ RECIPES = (
         ("clicks",),
         ("poisson", "burgers"),
     ),
-    Recipe("small and smooth", "M-FAC, relative, Nesterov", ("poisson",), ("burgers",)),
+    Recipe(
+        "M-FAC",
+        "M-FAC, relative, Nesterov",
+        ("fashion-mlp",),
+        ("fashion-cnn", "cifar-resnet", "poisson", "burgers"),
+    ),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from training import recipes
-from training.candidates import CANDIDATES
+from training.candidates import CANDIDATES, recipe_of
 from training.comparison import (
     TARGET_FAMILY,
     Row,
@@ -90,7 +90,7 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
     yield "\n#### Its median, and means of the other test numbers\n"
     yield from numbers_table(rows, CONTESTANTS)
     yield f"\n#### Deviations ahead of {BASE}\n"
-    yield from ahead_table(rows, CONTESTANTS)
+    yield from ahead_table(rows, CONTESTANTS, lambda _: BASE)
     yield "\n#### Steps to the target, and seconds, over those of the best of Adam's family\n"
     yield from target_table(rows, CONTESTANTS)
     yield "\n#### Rates, and milliseconds a step\n"
@@ -102,8 +102,8 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
         yield "\n#### At published settings, without trials\n"
         yield from metric_table({"cifar-resnet": published}, PUBLISHED)
     if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
-        yield f"\n#### Ideas: deviations ahead of {BASE}\n"
-        yield from ahead_table(rows, CANDIDATES)
+        yield "\n#### Ideas: deviations ahead of their recipe\n"
+        yield from ahead_table(rows, CANDIDATES, recipe_of)
         yield "\n#### Ideas: test metric at the end\n"
         yield from metric_table(rows, CANDIDATES)
     yield ""
@@ -111,17 +111,14 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
 
 def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """Means and deviations of the test metric; the best of all contestants is bold."""
-    best = {
-        task: min((row.mean for row in of_task.values()), default=0)
-        for task, of_task in rows.items()
-    }
 
-    def cell(task: str, row: Row) -> str:
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        row = of_task[name]
         diverged = sum(map(math.isinf, row.test))
         if diverged:
             return f"{diverged} of {len(row.test)} diverged"
         text = f"{row.mean:.4g} ± {row.deviation:.1g}"
-        return f"**{text}**" if row.mean == best[task] else text
+        return f"**{text}**" if row.mean == min(r.mean for r in of_task.values()) else text
 
     yield from _table(rows, names, cell)
 
@@ -129,18 +126,21 @@ def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 def numbers_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """The median of the test metric, and what else test data was judged by."""
 
-    def cell(_: str, row: Row) -> str:
-        numbers = [f"{name} {value:.3g}" for name, value in row.also.items()]
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        row = of_task[name]
+        numbers = [f"{key} {value:.3g}" for key, value in row.also.items()]
         return ", ".join([f"{row.median:.4g}", *numbers])
 
     yield from _table(rows, names, cell)
 
 
-def ahead_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
-    """How many pooled deviations each mean is better than that of the base."""
+def ahead_table(
+    rows: Rows, names: dict[str, Contestant], base_of: Callable[[str], str]
+) -> Iterator[str]:
+    """How many pooled deviations each mean is better than that of the contestant's base."""
 
-    def cell(task: str, row: Row) -> str:
-        base = rows[task].get(BASE)
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        row, base = of_task[name], of_task.get(base_of(name))
         if base is None or row is base or min(len(row.test), len(base.test)) < 2:
             return "" if row is not base else "0"
         return f"{deviations_ahead(row, base):+.1f}"
@@ -151,9 +151,8 @@ def ahead_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 def target_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """Steps and seconds to the target over those of the quickest of Adam's family."""
 
-    def cell(task: str, row: Row) -> str:
-        steps, seconds = (_costs(rows[task], kind) for kind in ("steps", "seconds"))
-        name = next(name for name, other in rows[task].items() if other is row)
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        steps, seconds = (_costs(of_task, kind) for kind in ("steps", "seconds"))
         if not math.isfinite(steps[name]):
             return "-"
         parts = [
@@ -168,7 +167,8 @@ def target_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 def rate_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """The best rate of the trials, marked where it is the largest or smallest, and the time."""
 
-    def cell(_: str, row: Row) -> str:
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        row = of_task[name]
         return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.2g} ms"
 
     yield from _table(rows, names, cell)
@@ -177,8 +177,8 @@ def rate_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 def start_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
     """The metric at the rate that the search starts from, over that of the best trial."""
 
-    def cell(task: str, row: Row) -> str:
-        name = next(name for name, other in rows[task].items() if other is row)
+    def cell(of_task: dict[str, Row], name: str) -> str:
+        row = of_task[name]
         first, best = row.trials[rounded(names[name].start)], row.trials[row.rate]
         return f"{100 * (first / best - 1):.3g}" if math.isfinite(first) else "diverged"
 
@@ -219,14 +219,11 @@ def _costs(of_task: dict[str, Row], kind: str) -> dict[str, float]:
 
 
 def _table(
-    rows: Rows, names: dict[str, Contestant], cell: Callable[[str, Row], str]
+    rows: Rows, names: dict[str, Contestant], cell: Callable[[dict[str, Row], str], str]
 ) -> Iterator[str]:
     yield f"| | {' | '.join(rows)} |"
     yield f"| --- |{' ---: |' * len(rows)}"
     for name in names:
         if any(name in of_task for of_task in rows.values()):
-            cells = [
-                cell(task, of_task[name]) if name in of_task else ""
-                for task, of_task in rows.items()
-            ]
+            cells = [cell(of_task, name) if name in of_task else "" for of_task in rows.values()]
             yield f"| {name} | {' | '.join(cells)} |"

@@ -140,7 +140,7 @@ def regression(scannable=True):
 
     def apply(params, inputs, statistics, noise_key):
         del noise_key
-        return inputs @ params, {"steps": statistics["steps"] + 1}
+        return inputs @ params, {"steps": statistics.get("steps", 0) + 1}
 
     def evaluate(variables, split):
         del split
