@@ -51,8 +51,9 @@ def relative_eps(rate: Schedule, eps: float) -> Any:
         updates, state = tx.update(updates, state, params, **extra)
 
         def leaf(update: jax.Array, nu: jax.Array) -> jax.Array:
-            curvature = jnp.sqrt(nu / state.nu_weight)
-            size = jnp.sqrt(jnp.mean(curvature**2))
+            typical = jnp.sum(nu) / jnp.maximum(jnp.sum(nu > 0), 1)
+            squares = jnp.where(nu > 0, nu, typical)  # as the recipe fills them
+            curvature, size = (jnp.sqrt(x / state.nu_weight) for x in (squares, typical))
             return update * (curvature + tiny) / (curvature + eps * size + tiny)
 
         return jax.tree.map(leaf, updates, state.nu), state
@@ -172,7 +173,7 @@ def _of_relative_eps(eps: float) -> Contestant:
     def make(task: Task, rate: Schedule) -> Stepper:
         return steppers.with_hessian_diag(task, relative_eps(rate, eps))
 
-    return Contestant(f"recipe, eps {eps} of the leaf's curvature", 0.3, make)
+    return Contestant(f"recipe, eps {eps} of the leaf's typical curvature", 0.3, make)
 
 
 def _mfac_in_units(words: str, power: float) -> Contestant:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import timing
 from tqdm import tqdm
 
@@ -70,9 +71,6 @@ class Moments(NamedTuple):
         squared_mean = np.sum(self.mean**2 - self.variance / SAMPLES)
         return float(squared_mean / (squared_mean + self.variance.sum()))
 
-    def mean_square(self) -> np.ndarray:
-        return self.variance * (SAMPLES - 1) / SAMPLES + self.mean**2
-
 
 def snapshots(task: Task, rate: float) -> dict[str, Variables]:
     """The variables after a tenth, the half and the whole of a run."""
@@ -83,15 +81,14 @@ def snapshots(task: Task, rate: float) -> dict[str, Variables]:
         kept.append(jax.tree.map(jnp.copy, variables))
         return {task.metric: 0.0}
 
-    watched = task._replace(evaluate=evaluate)
+    watched = task._replace(evaluate=evaluate, evaluations=10)
     Program(watched, CONTESTANTS[NAME]).run(rate, seed=0, is_trial=True)
-    return {"tenth": kept[0], "half": kept[len(kept) // 2 - 1], "whole": kept[-1]}
+    return {"tenth": kept[0], "half": kept[4], "whole": kept[9]}
 
 
 def measure(task: Task, variables: Variables) -> dict[str, float]:
     """The numbers of one point of a run."""
     params, statistics = variables
-    leaves = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
     noise_key = jax.random.key(1)
     batches = _batches(task)
 
@@ -117,25 +114,38 @@ def measure(task: Task, variables: Variables) -> dict[str, float]:
         "ggn_probe_signal": ggn_probes.signal(),
         "gradient_signal": gradients.signal(),
         "zeros": float(np.mean(1 - diags.nonzero / SAMPLES)),
-        **_preconditioners(gradients.mean_square(), diags.mean_square(), leaves),
+        **_denominators(params, passes),
         **_spectrum(loss_fn, params, batches),
         "directions": _effective_rank(rows @ rows.T),
     }
 
 
-def _preconditioners(
-    gradients: np.ndarray, diags: np.ndarray, shapes: list[tuple[int, ...]]
-) -> dict[str, float]:
-    """How Adam's denominators go with AdaHessian's, on a logarithmic scale.
+def _denominators(params: Tree, passes: list[tuple[Tree, Tree]]) -> dict[str, float]:
+    """How Adam's denominators go with AdaHessian's, on a logarithmic scale, after these batches.
 
     Their correlation within leaves, and the typical factor between leaves' mean ratios.
     """
-    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])[:-1]
+    adam, adahessian = optax.scale_by_adam(), curvax.scale_by_adahessian()
+    states = adam.init(params), adahessian.init(params)
+
+    @jax.jit
+    def step(states: Any, gradient: Tree, diag: Tree) -> Any:
+        _, first = adam.update(gradient, states[0], params)
+        _, other = adahessian.update(gradient, states[1], params, hessian_diag=diag)
+        return first, other
+
+    for gradient, diag in passes:
+        states = step(states, gradient, diag)
+    return _comparison(*(jax.tree.leaves(state.nu) for state in states))
+
+
+def _comparison(of_adam: list[Any], of_hessian: list[Any]) -> dict[str, float]:
+    """The two numbers of squared denominators, of the entries where neither is zero."""
     centred, ratios = [], []
-    for of_adam, of_hessian in zip(np.split(gradients, ends), np.split(diags, ends), strict=True):
-        both = (of_adam > 0) & (of_hessian > 0)
-        if both.any():
-            logs = 0.5 * np.log([of_adam[both], of_hessian[both]])
+    for pair in zip(of_adam, of_hessian, strict=True):
+        squares = np.stack([np.ravel(leaf) for leaf in pair]).astype(np.float64)
+        logs = 0.5 * np.log(squares[:, (squares > 0).all(axis=0)])
+        if logs.size:
             means = logs.mean(axis=1, keepdims=True)
             centred.append(logs - means)
             ratios.append(means[0] - means[1])

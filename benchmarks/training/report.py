@@ -118,7 +118,8 @@ def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
         if diverged:
             return f"{diverged} of {len(row.test)} diverged"
         text = f"{row.mean:.4g} ± {row.deviation:.1g}"
-        return f"**{text}**" if row.mean == min(r.mean for r in of_task.values()) else text
+        best = min(of_task[other].mean for other in of_task if other in CONTESTANTS)
+        return f"**{text}**" if row.mean == best else text
 
     yield from _table(rows, names, cell)
 

@@ -30,17 +30,27 @@ def test_moments_count_what_is_not_zero():
 
 
 def test_denominators_that_differ_by_a_factor_for_each_leaf_are_correlated():
-    squares = np.random.default_rng(0).exponential(size=10)
-    factors = np.repeat([4.0, 1.0], [4, 6])
-    numbers = curvature._preconditioners(squares * factors, squares, [(2, 2), (6,)])
+    leaves = [np.random.default_rng(0).exponential(size=shape) for shape in ((2, 2), (6,))]
+    numbers = curvature._comparison([4.0 * leaves[0], leaves[1]], leaves)
     assert numbers["correlation"] == pytest.approx(1)
     assert numbers["leaf_factor"] == pytest.approx(np.sqrt(2))  # lengths 2 and 1 about their mean
 
 
 def test_entries_without_curvature_are_left_out_of_the_comparison():
-    squares = np.array([1.0, 2.0, 3.0, 0.0])
-    numbers = curvature._preconditioners(np.array([1.0, 2.0, 3.0, 9.0]), squares, [(4,)])
+    numbers = curvature._comparison([np.array([1.0, 2.0, 3.0, 9.0])], [np.array([1.0, 2, 3, 0])])
     assert numbers["correlation"] == pytest.approx(1)
+
+
+def test_denominators_are_those_of_the_two_optimizers():
+    """Adam's square gradients; AdaHessian's average curvature over the spatial axes of a kernel."""
+    params = {"Conv_0": {"kernel": jnp.zeros((3, 3, 2, 4))}}
+    generator = np.random.default_rng(0)
+    channels = generator.exponential(size=(1, 1, 2, 4))
+    noise = generator.exponential(size=(3, 3, 2, 4))
+    diag = channels * noise / noise.mean(axis=(0, 1))
+    tree = lambda leaf: {"Conv_0": {"kernel": jnp.broadcast_to(leaf, (3, 3, 2, 4))}}  # noqa: E731
+    passes = [(tree(jnp.asarray(channels)), tree(jnp.asarray(diag)))] * 3
+    assert curvature._denominators(params, passes)["correlation"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_effective_rank_counts_directions():
