@@ -21,12 +21,11 @@ from training import report
 from training.candidates import CANDIDATES
 from training.experiment import Experiment
 from training.optimizers import CONTESTANTS
-from training.records import Records
+from training.records import RESULTS, Records
 from training.tasks import TASKS
 from training.tasks.task import DataError
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "training"
 
 
 def parse_args() -> argparse.Namespace:

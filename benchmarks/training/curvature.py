@@ -19,15 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
-from tqdm import tqdm
 
 import curvax
 from curvax import spectrum
-from training.__main__ import RESULTS
 from training.experiment import Experiment
 from training.loop import Program, order_of_examples
 from training.optimizers import CONTESTANTS
-from training.records import Records
+from training.records import RESULTS, Records
 from training.steppers import network_of
 from training.tasks import TASKS
 from training.tasks.task import Batch, Task, Variables
@@ -210,7 +208,7 @@ def main() -> None:
     results = timing.environment(("curvax", "jax", "optax", "flax"))
     records = Records(RESULTS, "none")
     tasks = results["tasks"] = {}
-    for name in tqdm([name for name in TASKS if any(part in name for part in args.tasks)]):
+    for name in timing.tqdm([name for name in TASKS if any(part in name for part in args.tasks)]):
         task = TASKS[name]("cpu", args.data_dir)
         experiment = Experiment(task, "cpu", NAME, CONTESTANTS[NAME], records, {})
         points = snapshots(task, experiment.best_rate()).items()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+RESULTS = Path(__file__).parents[1] / "results" / "training"
 VERSION = 1  # of the runs' meaning: a change of task or protocol raises it
 
 
