@@ -10,6 +10,7 @@ from training.records import Records
 from training.search import best_rate
 
 Line = dict[str, Any]
+BASE = "NAdamW"  # what deviations are counted from
 TARGET_FAMILY = ("Adam", "AdamW", "NAdamW")
 
 

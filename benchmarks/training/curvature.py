@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
+from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax import spectrum
@@ -105,8 +106,8 @@ def measure(task: Task, variables: Variables) -> dict[str, float]:
         one_pass(params, *batch, key=key)[1:] for batch, key in zip(batches, keys, strict=True)
     ]
     diags = Moments.of(diag for _, diag in passes)
-    gradients = Moments.of(gradient for gradient, _ in passes)
     rows = np.stack([_vector(gradient) for gradient, _ in passes])
+    gradients = Moments.of(iter(rows))
     return {
         "probe_signal": probes.signal(),
         "ggn_probe_signal": ggn_probes.signal(),
@@ -184,7 +185,7 @@ def _batches(task: Task) -> list[Batch]:
 
 
 def _vector(tree: Tree) -> np.ndarray:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from training.comparison import Row, deviations_ahead
+from training.comparison import BASE, Row, deviations_ahead
 from training.optimizers import CONTESTANTS
 from training.search import rounded
-
-BASE = "NAdamW"
 
 
 class Recipe(NamedTuple):

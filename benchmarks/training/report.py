@@ -9,6 +9,7 @@ import numpy as np
 from training import recipes
 from training.candidates import CANDIDATES, recipe_of
 from training.comparison import (
+    BASE,
     TARGET_FAMILY,
     Row,
     deviations_ahead,
@@ -23,7 +24,6 @@ from training.records import Records
 from training.search import rounded
 from training.tasks import TASKS
 
-BASE = "NAdamW"
 SUMMARY = (
     "SGD",
     "AdamW",
@@ -45,9 +45,7 @@ def write(records: Records, folder: Path, pictures: Path) -> list[Path]:
     """Writes what there is of each size: tables, which are returned, and the profiles."""
     written = []
     for size in sorted({key.size for key in records.lines}):
-        known = {**CONTESTANTS, **CANDIDATES}
-        rows = {task: rows_of(records, task, size, known) for task in TASKS}
-        rows = {task: of_task for task, of_task in rows.items() if of_task}
+        rows = _rows(records, size, {**CONTESTANTS, **CANDIDATES})
         machines = {
             line["machine"]["name"] for key, line in records.lines.items() if key.size == size
         }
@@ -59,7 +57,7 @@ def write(records: Records, folder: Path, pictures: Path) -> list[Path]:
         written.append(path)
     short, checked = folder / "summary.md", folder / "recipes.md"
     short.write_text(summary(records) + "\n")
-    checked.write_text("\n".join(recipes.table(_cpu_rows(records))) + "\n")
+    checked.write_text("\n".join(recipes.table(_rows(records, "cpu", CONTESTANTS))) + "\n")
     return [*written, short, checked]
 
 
@@ -73,11 +71,11 @@ def update_summary(records: Records, path: Path) -> None:
 def summary(records: Records) -> str:
     """The test metrics of a few contestants on the tasks of a CPU's size."""
     names = {name: CONTESTANTS[name] for name in SUMMARY}
-    return "\n".join(metric_table(_cpu_rows(records), names))
+    return "\n".join(metric_table(_rows(records, "cpu", CONTESTANTS), names))
 
 
-def _cpu_rows(records: Records) -> Rows:
-    rows = {task: rows_of(records, task, "cpu", CONTESTANTS) for task in TASKS}
+def _rows(records: Records, size: str, contestants: dict[str, Contestant]) -> Rows:
+    rows = {task: rows_of(records, task, size, contestants) for task in TASKS}
     return {task: of_task for task, of_task in rows.items() if of_task}
 
 

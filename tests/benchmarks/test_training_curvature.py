@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training import curvature
 from training.curvature import SAMPLES, Moments
-from training.tasks.task import Task, Variables, mean_loss, warmup_cosine
+from training.tasks.task import Task, Variables, warmup_cosine
 
 import curvax
 
@@ -78,7 +78,7 @@ def quadratic_task(matrix):
         apply=apply,
         loss=curvax.squared_error,
         sample=lambda data, indices, _: jax.tree.map(lambda leaf: leaf[indices], data),
-        evaluate=lambda variables, _: {"loss": float(mean_loss(variables))},
+        evaluate=lambda variables, split: {},
         schedule=warmup_cosine,
     )
 
