@@ -35,12 +35,19 @@ def first_order(words: str, start: float, make: Callable[..., Any]) -> Contestan
 
 
 def adahessian(
-    words: str, *, radius: float = 0.0, num_probes: int = 1, **options: Any
+    words: str,
+    *,
+    clip_norm: float | None = None,
+    radius: float = 0.0,
+    num_probes: int = 1,
+    **options: Any,
 ) -> Contestant:
     interval, warmup = (options.get(key, 0) for key in ("update_interval", "refresh_warmup"))
 
     def make(task: Task, rate: Schedule) -> Stepper:
         tx = curvax.adahessian(rate, **options)
+        if clip_norm is not None:
+            tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
         return steppers.with_hessian_diag(
             task, tx, interval or 1, warmup, radius=radius, num_probes=num_probes
         )
@@ -120,6 +127,14 @@ CONTESTANTS = {
     "AdaHessian, Nesterov": adahessian("curvax.adahessian(rate, nesterov=True)", nesterov=True),
     "AdaHessian, Nesterov, interval 10": adahessian(
         "curvax.adahessian(rate, nesterov=True, update_interval=10, refresh_warmup=100)",
+        nesterov=True,
+        update_interval=10,
+        refresh_warmup=100,
+    ),
+    "AdaHessian, Nesterov, gradients clipped, interval 10": adahessian(
+        "chain(clip_by_global_norm(1.0), curvax.adahessian(rate, nesterov=True, "
+        "update_interval=10, refresh_warmup=100))",
+        clip_norm=1.0,
         nesterov=True,
         update_interval=10,
         refresh_warmup=100,

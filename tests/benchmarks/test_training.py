@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from training import recipes, report
-from training.candidates import CANDIDATES
+from training.candidates import CANDIDATES, recipe_of
 from training.comparison import Row, deviations_ahead, profile, rows_of, target_of
 from training.experiment import TRIALS, Experiment
 from training.loop import Program
@@ -242,6 +242,10 @@ def test_every_contestant_and_every_idea_takes_steps(name):
 
 def test_ideas_and_contestants_have_names_of_their_own():
     assert not CONTESTANTS.keys() & CANDIDATES.keys()
+
+
+def test_every_idea_is_compared_with_a_contestant():
+    assert set(map(recipe_of, CANDIDATES)) <= CONTESTANTS.keys()
 
 
 def test_the_tables_are_those_of_the_recorded_runs(tmp_path):
