@@ -125,6 +125,11 @@ def test_the_target_is_set_by_the_best_of_adams_family():
     assert target_of({"other": row([1.0], [[0.1]])}) is None
 
 
+def test_the_best_of_adams_family_reaches_the_target_with_an_even_number_of_seeds_too():
+    adam = row([1.0] * 4, [[4.0, value] for value in (1.0, 2.0, 3.0, 4.0)])
+    assert adam.steps_to(target_of({"Adam": adam})) == 20
+
+
 def test_profiles_count_the_tasks_within_a_factor_of_the_best():
     costs = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 3.0, "y": math.inf}}
     assert profile(costs, [1, 2, 4]) == {"a": [1, 1, 1], "b": [0, 0, 0.5]}
