@@ -82,7 +82,7 @@ def _rows(records: Records, size: str, contestants: dict[str, Contestant]) -> Ro
 def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str]) -> Iterator[str]:
     command = f'{COMMAND} --size {size}"' if size != "cpu" else f'{COMMAND}"'
     yield f"`{command}`; {TRIALS} trials of the rate for each optimizer on each task, the best by"
-    yield f"validation data; machines: {', '.join(machines)}."
+    yield f"validation data, then {_seeds(rows, CONTESTANTS)}; machines: {', '.join(machines)}."
     yield "\n#### Test metric at the end\n"
     yield from metric_table(rows, CONTESTANTS)
     yield "\n#### Its median, and means of the other test numbers\n"
@@ -101,10 +101,20 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
         yield from metric_table({"cifar-resnet": published}, PUBLISHED)
     if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
         yield "\n#### Ideas: deviations ahead of their recipe\n"
+        yield f"Each with {_seeds(rows, CANDIDATES)} (`--candidates --seeds 3`).\n"
         yield from ahead_table(rows, CANDIDATES, recipe_of)
         yield "\n#### Ideas: test metric at the end\n"
         yield from metric_table(rows, CANDIDATES)
     yield ""
+
+
+def _seeds(rows: Rows, names: dict[str, Contestant]) -> str:
+    """The numbers of seeds that the contestants have."""
+    numbers = [
+        len(row.test) for part in rows.values() for name, row in part.items() if name in names
+    ]
+    few, many = min(numbers, default=0), max(numbers, default=0)
+    return f"{few} seeds" if few == many else f"{few} to {many} seeds"
 
 
 def metric_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
