@@ -105,6 +105,12 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
         yield from ahead_table(rows, CANDIDATES, recipe_of)
         yield "\n#### Ideas: test metric at the end\n"
         yield from metric_table(rows, CANDIDATES)
+        yield "\n#### Ideas: its median, and means of the other test numbers\n"
+        yield from numbers_table(rows, CANDIDATES)
+        yield "\n#### Ideas: steps to the target, and seconds\n"
+        yield from target_table(rows, CANDIDATES)
+        yield "\n#### Ideas: rates, and milliseconds a step\n"
+        yield from rate_table(rows, CANDIDATES)
     yield ""
 
 
@@ -178,7 +184,7 @@ def rate_table(rows: Rows, names: dict[str, Contestant]) -> Iterator[str]:
 
     def cell(of_task: dict[str, Row], name: str) -> str:
         row = of_task[name]
-        return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.2g} ms"
+        return f"{row.rate:.3g}{' (edge)' * row.is_edge}, {row.milliseconds:.3g} ms"
 
     yield from _table(rows, names, cell)
 
