@@ -197,18 +197,20 @@ def has_holes(tree: PyTree) -> bool:
     return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
 
-def part_like(tree: PyTree, updates: PyTree, *, name: str) -> PyTree:
+def part_like(tree: PyTree, updates: PyTree, *, name: str, scalars: bool = False) -> PyTree:
     """The part of ``tree``, an argument called ``name``, that belongs to ``updates``.
 
     Under ``optax.masked`` and ``optax.partition`` the updates have holes, while an extra
     argument arrives whole: its leaves at the holes are left out. Anything else that differs
-    is an error.
+    is an error, but with ``scalars`` a leaf may be one number for its whole update.
     """
     given = {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     entries, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_hole)
     holes = [path_names(path) for path, node in entries if is_hole(node)]
     leaves = [
-        node if is_hole(node) else _matching(given.pop(path_names(path), None), path, node, name)
+        node
+        if is_hole(node)
+        else _matching(given.pop(path_names(path), None), path, node, name, scalars)
         for path, node in entries
     ]
     for names in given:
@@ -220,8 +222,10 @@ def part_like(tree: PyTree, updates: PyTree, *, name: str) -> PyTree:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _matching(leaf: Any, path: Path, update: jax.Array, name: str) -> Any:
+def _matching(leaf: Any, path: Path, update: jax.Array, name: str, scalars: bool) -> Any:
     found = "no leaf" if leaf is None else f"a leaf of shape {jnp.shape(leaf)}"
+    if scalars and leaf is not None and jnp.shape(leaf) == ():
+        return leaf
     if leaf is None or jnp.shape(leaf) != jnp.shape(update):
         raise ValueError(
             f"{name} must match the gradients: at {path_name(path)} it has {found}, the "

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.fisher.window._dense import insert_row, stacked_zeros
 from curvax.pruning._gradient_files import GradientFiles
-from curvax.pruning._leaves import check_mask
 from curvax.pruning._options import Storage
+from curvax.pruning._weights import check_mask
 
 
 def collect_gradients(
@@ -88,18 +88,12 @@ def collect_gradients(
              [ 0.,  0.]], dtype=float32)
     """
     check_count("num_grads", num_grads)
-    if micro_batch_size is not None:
-        check_count("micro_batch_size", micro_batch_size)
     check_mask(mask, params)
     if mask is not None:
         mask = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
-    warn_of_batch_stats(params)
-    build = _gradients_of_examples if per_example else _gradient_of_mean
-    gradient = compiled_once(build, loss_fn, has_aux=has_aux)
     rows = _storage(params, num_grads, storage, mask, per_example)
-    gradients = (_examples if per_example else _means)(
-        gradient, params, batches, micro_batch_size, rows.written
-    )
+    how = GradientOptions(per_example, micro_batch_size, has_aux)
+    gradients = gradients_of(loss_fn, params, batches, how, skipped=rows.written)
     with progress_bar(num_grads - rows.written, "gradients", progress) as advance:
         for gradient in itertools.islice(gradients, num_grads - rows.written):
             masked = _masked(gradient, mask)
@@ -108,10 +102,41 @@ def collect_gradients(
             advance()
     if rows.written == num_grads:
         return rows.finish()
-    raise ValueError(
-        f"batches gave {rows.written} gradients, num_grads={num_grads} asks for more: pass more "
+    raise too_few(rows.written, num_grads)
+
+
+def too_few(found: int, wanted: int) -> ValueError:
+    """The error where batches end early."""
+    return ValueError(
+        f"batches gave {found} gradients, num_grads={wanted} asks for more: pass more "
         "data, lower num_grads, or pass an iterable that restarts (a list, not an iterator)."
     )
+
+
+class GradientOptions(NamedTuple):
+    """How gradients are taken, as `collect_gradients` documents it."""
+
+    per_example: bool = False
+    micro_batch_size: int | None = None
+    has_aux: bool = False
+
+
+def gradients_of(
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    batches: Iterable[Any],
+    options: GradientOptions,
+    *,
+    skipped: int = 0,
+) -> Iterator[PyTree]:
+    """The gradients of batches, or of their examples, without the first ones."""
+    per_example, size, has_aux = options
+    if size is not None:
+        check_count("micro_batch_size", size)
+    warn_of_batch_stats(params)
+    build = _gradients_of_examples if per_example else _gradient_of_mean
+    gradient = compiled_once(build, loss_fn, has_aux=has_aux)
+    return (_examples if per_example else _means)(gradient, params, batches, size, skipped)
 
 
 def _means(

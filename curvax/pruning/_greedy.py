@@ -7,7 +7,6 @@ of the order of $1 / \lambda$, the last ones of $1 / F_{ii}$: the digits lost in
 are restored by recomputing inverse and weights from the gradients a few times.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,55 +16,32 @@ import numpy as np
 
 from curvax.fisher._cholesky import HIGHEST, inverse_factor
 from curvax.fisher.inverse._block_diagonal import shifted, squares_of_blocks
-from curvax.fisher.inverse._column_blocks import ColumnBlocks
-from curvax.fisher.inverse._columns import Columns
-from curvax.fisher.inverse._input import spans, working_dtype
-from curvax.pruning._leaves import Leaf
-from curvax.pruning._scores import FisherOptions
+from curvax.pruning._fisher import ScaledRows, in_blocks
 
 _NUM_INVERSES = 16
-_WORKSPACE_BYTES = 2**28
 
 
-def greedy_scores(
-    leaves: Sequence[Leaf], columns: Sequence[Any], options: FisherOptions
-) -> list[np.ndarray]:
+def greedy_scores(rows: ScaledRows, values: np.ndarray, block_size: int) -> np.ndarray:
     r"""Scores whose order in each block is the order of removal one at a time.
 
     A weight's score is the largest saliency so far, and at least an ulp more than the score before
     it, so that a threshold on scores removes the first weights of each block.
     """
-    packing = options.packing(leaves)
-    all_weights = packing.pack([leaf.weights for leaf in leaves])
-    all_columns = packing.pack(columns)
-    dtype = working_dtype(all_columns, None)
-    scores: list[np.ndarray] = []
-    for first, stop in spans(all_columns, options.block_scope):
-        part = Columns(tuple(all_columns[first:stop]), dtype)
-        size = min(options.block_size or part.num_columns, part.num_columns)
-        blocks = ColumnBlocks.of(
-            part, size, side=size, workspace_bytes=_WORKSPACE_BYTES, mesh=options.mesh
-        )
-        kernel = blocks.over_devices(_greedy)
-        weights = blocks.vectors([jnp.asarray(leaf) for leaf in all_weights[first:stop]])
-        batches = zip(blocks.all_rows(part), weights, strict=True)
-        pieces = [kernel(*batch, options.damping) for batch in batches]
-        scores += [np.asarray(leaf) for leaf in blocks.leaves(pieces)]
-    return packing.unpack(scores)
+    scores: np.ndarray = rows.map(in_blocks(_greedy, block_size), values)
+    return scores
 
 
-@jax.jit
-def _greedy(rows: jax.Array, weights: jax.Array, damping: Any) -> jax.Array:
+def _greedy(rows: jax.Array, weights: jax.Array) -> jax.Array:
     """Scores of each block: ``rows`` (n, m, B), ``weights`` (n, B)."""
-    num_rows, size = rows.shape[1:]
+    size = rows.shape[2]
     squares = squares_of_blocks(rows)
-    smallest = 1 / (damping + jnp.diagonal(squares, axis1=1, axis2=2) / num_rows)
+    smallest = 1 / (1 + jnp.diagonal(squares, axis1=1, axis2=2))
     number_at_once = -(-size // _NUM_INVERSES)
 
     def remove_several(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         alive, scores, highest = carry
-        inverse, moved = _inverse_and_weights(rows, squares, weights, alive, num_rows * damping)
-        carry = (moved, num_rows * inverse, alive, scores, highest)
+        inverse, moved = _inverse_and_weights(rows, squares, weights, alive)
+        carry = (moved, inverse, alive, scores, highest)
         remove_one = partial(_remove_one, smallest)
         return jax.lax.fori_loop(0, number_at_once, remove_one, carry)[2:]
 
@@ -74,11 +50,11 @@ def _greedy(rows: jax.Array, weights: jax.Array, damping: Any) -> jax.Array:
 
 
 def _inverse_and_weights(
-    rows: jax.Array, squares: jax.Array, weights: jax.Array, alive: jax.Array, shift: Any
+    rows: jax.Array, squares: jax.Array, weights: jax.Array, alive: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The inverse over the alive weights, and their values after the removal of the others."""
     both = alive[:, :, jnp.newaxis] & alive[:, jnp.newaxis]
-    factor = inverse_factor(shifted(jnp.where(both, squares, 0), shift))
+    factor = inverse_factor(shifted(jnp.where(both, squares, 0), 1.0))
     inverse = factor.backward(factor.matrix)
     target = jnp.einsum("nmb,nb->nm", rows, jnp.where(alive, 0, weights), precision=HIGHEST)
     right = jnp.where(alive, jnp.einsum("nmb,nm->nb", rows, target, precision=HIGHEST), 0)

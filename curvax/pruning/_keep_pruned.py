@@ -1,6 +1,5 @@
 """Keeps pruned weights at zero in any chain of Optax transformations."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from curvax._trees import PyTree, has_holes, is_hole, is_placeholder, part_like
-from curvax.pruning._leaves import check_mask
+from curvax.pruning._masking import masked_arguments, where_kept, zeroing_updates
+from curvax.pruning._weights import check_mask
 
 
 class KeepPrunedState(NamedTuple):
     """State of `keep_pruned`.
 
     Attributes:
-      mask: a tree of bool like the params, True for the weights that are kept. It may be replaced
-        by ``optax.tree.set(state, mask=mask)`` without recompilation.
+      mask: a tree of bool like the params, True for the weights that are kept, with a scalar for
+        leaves that are not pruned. It may be replaced by ``optax.tree.set(state, mask=mask)``
+        without recompilation.
       inner_state: the state of the wrapped transformation, if there is one.
     """
 
@@ -37,7 +38,8 @@ def keep_pruned(
     which would scale $-w$ like a gradient.
 
     Args:
-      mask: a tree of bool like the params, True for the weights that are kept.
+      mask: a tree of bool like the params, True for the weights that are kept. Leaves with a scalar
+        True, as in the masks that pruning returns, are passed on and cost nothing.
       inner: the optimizer to wrap.
 
     Returns:
@@ -61,8 +63,8 @@ def keep_pruned(
         own_mask = _mask_like(mask, params)
         if not is_placeholder(params):
             check_mask(own_mask, params)
-        # Copies: donating the state must not delete the caller's mask.
-        return KeepPrunedState(jax.tree.map(jnp.array, own_mask), wrapped.init(params))
+            own_mask = jax.tree.map(_own, own_mask, params, is_leaf=is_hole)
+        return KeepPrunedState(own_mask, wrapped.init(params))
 
     def update(
         updates: optax.Updates,
@@ -74,49 +76,22 @@ def keep_pruned(
             raise ValueError("keep_pruned needs params: call update(updates, state, params).")
         kept = state.mask
         if inner is not None:
-            extra_args = _masked_arguments(extra_args, kept, updates)
+            extra_args = masked_arguments(extra_args, kept, updates)
         updates, inner_state = wrapped.update(
-            _where_kept(kept, updates), state.inner_state, params, **extra_args
+            where_kept(kept, updates), state.inner_state, params, **extra_args
         )
-        updates = jax.tree.map(
-            lambda k, u, p: u if is_hole(u) else jnp.where(k, u, -jnp.asarray(p, u.dtype)),
-            kept,
-            updates,
-            params,
-            is_leaf=is_hole,
-        )
+        updates = zeroing_updates(kept, updates, params)
         return updates, KeepPrunedState(kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _where_kept(kept: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda k, leaf: leaf if is_hole(leaf) else jnp.where(k, leaf, 0),
-        kept,
-        tree,
-        is_leaf=is_hole,
-    )
-
-
-def _masked_arguments(extra_args: dict[str, Any], kept: PyTree, updates: PyTree) -> dict[str, Any]:
-    """Extra arguments with the curvature of the network without its pruned weights."""
-    masked = dict(extra_args)
-    if masked.get("hessian_diag") is not None:
-        diag = part_like(masked["hessian_diag"], updates, name="hessian_diag")
-        masked["hessian_diag"] = _where_kept(kept, diag)
-    for name in ("obj_fn", "value_fn"):
-        if masked.get(name) is not None:
-            masked[name] = _on_kept(masked[name], kept)
-    return masked
-
-
-def _on_kept(fun: Any, kept: PyTree) -> Any:
-    @functools.wraps(fun)  # Optax's line searches read the names of its arguments
-    def on_kept(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        return fun(_where_kept(kept, params), *args, **kwargs)
-
-    return on_kept
+def _own(kept: Any, leaf: Any) -> Any:
+    """A copy, since donating the state must not delete the caller's mask; True as a scalar."""
+    if is_hole(leaf):
+        return leaf
+    array = jnp.array(kept)
+    return array if array.ndim or array else jnp.zeros(jnp.shape(leaf), bool)
 
 
 def _mask_like(mask: PyTree, params: PyTree) -> PyTree:
@@ -124,6 +99,6 @@ def _mask_like(mask: PyTree, params: PyTree) -> PyTree:
     if is_placeholder(params):
         return params
     if has_holes(params):
-        return part_like(mask, params, name="mask")
+        return part_like(mask, params, name="mask", scalars=True)
     check_mask(mask, params)
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))

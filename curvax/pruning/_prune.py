@@ -1,29 +1,27 @@
 """One pruning step: scores, the choice of weights, the update of the others."""
 
-import math
-from typing import Any, get_args
+import functools
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, check_range
-from curvax._layouts import Layout, check_layout
-from curvax._trees import PyTree, Select, Tree
+from curvax._checks import check_like
+from curvax._layouts import Layout
+from curvax._trees import PyTree, Select, Tree, named_leaves
+from curvax.fisher.inverse._column_blocks import automatic_mesh
 from curvax.fisher.inverse._input import checked_leaves
-from curvax.pruning._greedy import greedy_scores
-from curvax.pruning._leaves import Leaf, alive_columns, is_kernel, selected_leaves
-from curvax.pruning._options import BlockScope, Method, Scope, Update
-from curvax.pruning._result import PruneResult, layer_sparsities
-from curvax.pruning._scores import (
-    FisherOptions,
-    fisher_scores,
-    magnitude_scores,
-    obs_scores,
-)
-from curvax.pruning._selection import Sparsity, check_sparsity, weights_to_prune
-from curvax.pruning._structures import NM, Structure, check_structure
-from curvax.pruning._updates import independent_update, joint_update, predicted_loss_change
+from curvax.pruning._choice import weights_to_prune
+from curvax.pruning._fisher import ScaledRows
+from curvax.pruning._full_fisher import fisher_model
+from curvax.pruning._options import Method, Options, Update
+from curvax.pruning._result import PruneResult, result_of
+from curvax.pruning._rows import DeviceRows, HostRows, Rows, Width
+from curvax.pruning._scores import model_free_scores, scores_of
+from curvax.pruning._selection import selection_of
+from curvax.pruning._structures import Structure
+from curvax.pruning._targets import Distribution, Pool, Sparsity, pools
+from curvax.pruning._weights import Weights, is_kernel
 
 
 def prune(
@@ -35,13 +33,17 @@ def prune(
     update: Update | None = None,
     mask: PyTree | None = None,
     select: Select = is_kernel,
-    scope: Scope = "global",
+    distribution: Distribution = "global",
+    min_density: float = 0.0,
+    normalize_scores: bool = False,
     structure: Structure | None = None,
     layout: Layout = "auto",
-    damping: float = 1e-5,
-    block_size: int | None = None,
-    block_scope: BlockScope = "tree",
+    damping: float = 0.01,
+    relative_damping: bool = True,
+    block_size: int | None = 128,
+    fisher_diag: PyTree | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    key: jax.Array | int | None = None,
 ) -> PruneResult[Tree]:
     r"""Prunes parameters in one step, by Optimal Brain Surgeon or a simpler rule.
 
@@ -53,7 +55,9 @@ def prune(
     | ``"obs"`` | $w_i^2 / (2 [F^{-1}]_{ii})$ | ``"joint"`` |
     | ``"greedy"`` | the same, one at a time in a block, $w$ and $F^{-1}$ updated | ``"joint"`` |
     | ``"fisher"`` | $w_i^2 F_{ii} / 2$ | ``"none"`` |
+    | ``"saliency"`` | $\lvert w_i \bar g_i \rvert$ with the mean gradient | ``"none"`` |
     | ``"magnitude"`` | $w_i^2 / 2$ | ``"none"`` |
+    | ``"random"`` | uniform | ``"none"`` |
 
     and the kept weights change by
 
@@ -63,13 +67,14 @@ def prune(
     | ``"independent"`` | $-F^{-1} t$, $t_q = w_q / [F^{-1}]_{qq}$: as published |
     | ``"none"`` | nothing |
 
-    A unit of several weights (``structure``) has the mean of its weights' scores. The choice is
-    made on the host, where scores are gathered.
+    The matrix is that of blocks of ``block_size`` consecutive weights, counted over the unpruned
+    ones, those of an output unit one after the other. A unit of several weights (``structure``) has
+    the mean of its weights' scores. The choice is made on the host, where scores are gathered.
 
     Args:
       params: the parameters, a tree of arrays.
       grads: gradients of the loss, a tree of ``(m, *leaf.shape)`` like `collect_gradients`
-        returns; None for ``method="magnitude"``.
+        returns; None for a method and an update that need none.
       sparsity: the share of zeros among the weights of the selected leaves afterwards, in [0, 1),
         including those already pruned by ``mask``; a mapping of patterns (``re.search`` on paths)
         to sparsities, where leaves that match none are not pruned, though an update may change
@@ -77,26 +82,39 @@ def prune(
         resulting sparsity.
       method: the scores, see above.
       update: the update of the kept weights, see above.
-      mask: the unpruned weights, a tree of bool like ``params``; None for all.
+      mask: the unpruned weights, a tree of bool like ``params``, where a scalar stands for a whole
+        leaf; None for all. That of a network pruned earlier is `mask_of_zeros`.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
-      scope: ``"global"`` compares the scores of all leaves, ``"layer"`` prunes each to its
-        sparsity.
-      structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`.
-      layout: how ``structure`` reads the axes of a leaf, as `curvax.adahessian` takes it.
-      damping: $\lambda$.
-      block_size: the size of the blocks of $F$; None for the full matrix. Where gradients are far
-        fewer than weights, 128 prunes much better at high sparsity.
-      block_scope: whether blocks run over the ``"tree"`` of unpruned weights or start anew at each
-        ``"leaf"``.
-      mesh: devices over which the blocks are spread.
+      distribution: how the sparsity is met. ``"global"`` compares the scores of all leaves,
+        ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to
+        $\sum_k n_k / \prod_k n_k$ of a kernel's sizes $n_k$.
+      min_density: the share of each leaf's weights that is kept in any case.
+      normalize_scores: whether scores are divided by their mean in each leaf, before leaves are
+        compared.
+      structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`. Leaves that cannot
+        hold it are passed over, and listed in the result.
+      layout: what the axes of a leaf are, as `curvax.adahessian` takes it.
+      damping: $\lambda$, in units of the mean of the diagonal of $G^T G / m$.
+      relative_damping: whether it is in these units; with False it is $\lambda$ itself, as
+        published.
+      block_size: the size of the blocks of $F$; None for the full matrix.
+      fisher_diag: for ``method="fisher"``, the diagonal $F_{ii}$ itself in place of gradients, a
+        tree like ``params``: the second moments of an optimizer, ``optax.tree.get(state, "nu")``.
+      mesh: devices over which the blocks are spread; by default those of sharded params.
+      key: for ``method="random"``, a PRNG key or an integer seed.
 
     Returns:
       The pruned parameters, their mask, sparsities and the predicted loss change.
 
     Raises:
-      ValueError: if an option is out of range, ``select`` chooses nothing, ``mask`` or
-        ``grads`` do not match ``params``, gradients are missing or not finite, or ``sparsity`` is
-        below the current one.
+      ValueError: if an option is out of range, ``select`` chooses nothing or nothing that holds the
+        structure, one array is two leaves, ``mask`` or ``grads`` do not match ``params``, gradients
+        are missing, anything is not finite, or ``sparsity`` is below the current one, above what
+        the structure allows or so high that nothing would be left.
+
+    Warns:
+      UserWarning: if a leaf loses all of its weights, if many weights are zero and no mask is
+        given, or if blocks of $F$ could not be factored.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,141 +129,144 @@ def prune(
       Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon, 1992.
       Frantar et al., [M-FAC](https://arxiv.org/abs/2107.03356), 2021, Section 3.
     """
-    check_options(
+    options = Options(
         method=method,
         update=update,
-        scope=scope,
+        select=select,
+        distribution=distribution,
+        min_density=min_density,
+        normalize_scores=normalize_scores,
         structure=structure,
         layout=layout,
         damping=damping,
+        relative_damping=relative_damping,
         block_size=block_size,
-        block_scope=block_scope,
+        mesh=mesh,
+        key=key,
     )
-    target = explicit_target(sparsity, structure)
-    leaves = selected_leaves(params, mask, select, layout)
-    columns = None
+    target = options.target(sparsity)
+    weights, skipped = selection_of(params, mask, options)
+    rows = None
     if grads is not None:
-        columns = alive_columns(grads, params, leaves)
-        rows_of_leaves = {leaf.path: rows for leaf, rows in zip(leaves, columns, strict=True)}
-        checked_leaves(rows_of_leaves, allow_complex=False)
-    if columns is None and (method != "magnitude" or update not in (None, "none")):
+        rows = rows_of(weights, grads, params, options)
+    elif options.needs_grads and (fisher_diag is None or method != "fisher" or update):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
-    options = FisherOptions(damping, block_size, block_scope, mesh)
-    update = update or ("joint" if method in ("obs", "greedy") else "none")
-    pruned, changes = _pruned_and_changes(
-        leaves, columns, method, update, target, scope, structure, options
+    given = None if fisher_diag is None else _given_diagonal(weights, fisher_diag, params)
+    step = prune_step(
+        weights, rows, pools(weights.leaves, target, distribution), options, given=given
     )
-    predicted = None if columns is None else predicted_loss_change(columns, changes)
-    new_params, new_mask = _assembled(params, mask, leaves, pruned, changes)
-    layers = layer_sparsities(new_mask, [leaf.number for leaf in leaves])
-    return PruneResult(new_params, new_mask, layers, predicted)
+    return result_of(params, mask, step.weights, skipped, step.predicted, step.num_failed)
 
 
-def _pruned_and_changes(
-    leaves: list[Leaf],
-    columns: list[Any] | None,
-    method: Method,
-    update: Update,
-    sparsity: Sparsity,
-    scope: Scope,
-    structure: Structure | None,
-    options: FisherOptions,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Which alive weights to prune, and by how much each changes."""
-    packing = options.packing(leaves)
-    inverse = diagonal = None
-    if columns is not None and (method == "obs" or update == "independent"):
-        inverse = options.invert(packing.pack(columns))
-        diagonal = packing.unpack(inverse.diagonal())
-    if method == "magnitude":
-        scores = magnitude_scores(leaves)
-    elif method == "fisher":
-        scores = fisher_scores(leaves, columns or [], options.damping)
-    elif method == "obs":
-        scores = obs_scores(leaves, diagonal or [])
-    else:
-        scores = greedy_scores(leaves, columns or [], options)
-    pruned = weights_to_prune(leaves, scores, sparsity, scope, structure)
-    if update == "none" or not any(flags.any() for flags in pruned):
-        changes = [np.zeros_like(leaf.weights) for leaf in leaves]
-    elif update == "joint":
-        changes = joint_update(leaves, pruned, columns or [], options)
-    else:
-        assert inverse is not None
-        changes = independent_update(leaves, pruned, inverse, diagonal or [], packing)
-    triples = zip(leaves, pruned, changes, strict=True)
-    return pruned, [np.where(flags, -leaf.weights, change) for leaf, flags, change in triples]
+class Step(NamedTuple):
+    """What a pruning step leaves.
+
+    Attributes:
+      weights: with fewer alive ones.
+      predicted: the rise of the loss by the model; None without gradients.
+      num_failed: how many matrices were too ill conditioned for their dtype.
+    """
+
+    weights: Weights
+    predicted: float | None
+    num_failed: int
 
 
-def check_options(
+def prune_step(
+    weights: Weights,
+    rows: Rows | None,
+    targets: tuple[Pool, ...],
+    options: Options,
     *,
-    method: Method = "obs",
-    update: Update | None = None,
-    scope: Scope = "global",
-    structure: Structure | None = None,
-    layout: Layout = "auto",
-    damping: float = 1e-5,
-    block_size: int | None = None,
-    block_scope: BlockScope = "tree",
-    select: Select | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
-    """Raises unless each option of `prune` is valid by itself."""
-    del select, mesh
-    check_choice("method", method, get_args(Method))
-    if update is not None:
-        check_choice("update", update, get_args(Update))
-    check_choice("scope", scope, get_args(Scope))
-    check_structure(structure)
-    check_layout(layout)
-    check_range("damping", damping, low=0.0, open_low=True, open_high=True)
-    check_choice("block_scope", block_scope, get_args(BlockScope))
-    if block_size is not None:
-        check_count("block_size", block_size)
-    if method == "greedy" and (block_size is None or structure is not None):
-        raise ValueError(
-            "method='greedy' removes single weights within blocks: it needs a block_size and no "
-            f"structure, got block_size={block_size} and structure={structure!r}."
+    number: int = 0,
+    given: np.ndarray | None = None,
+) -> Step:
+    """Prunes weights to their targets.
+
+    Args:
+      weights: the weights.
+      rows: gradients of the alive ones; None for methods that need none.
+      targets: how many to prune.
+      options: as `prune` takes them.
+      number: of the step in a run, for random scores.
+      given: the diagonal of a Fisher matrix, in place of that of the gradients.
+    """
+    values = weights.values[weights.alive]
+    if rows is None:
+        scores = (
+            values**2 * given / 2
+            if given is not None
+            else model_free_scores(weights, options, number)
         )
-
-
-def explicit_target(sparsity: Sparsity | None, structure: Structure | None) -> Sparsity:
-    """The checked sparsity; for None, the most that N:M allows."""
-    check_structure(structure)
-    if sparsity is None:
-        if not isinstance(structure, NM):
-            raise ValueError("sparsity=None needs structure=NM(n, m), whose sparsity is 1 - n/m.")
-        return 1 - structure.n / structure.m
-    check_sparsity(sparsity)
-    return sparsity
-
-
-def _assembled(
-    params: Tree,
-    mask: PyTree | None,
-    leaves: list[Leaf],
-    pruned: list[np.ndarray],
-    changes: list[np.ndarray],
-) -> tuple[Tree, Tree]:
-    """Parameters and mask with the changes applied; leaves that are not pruned are unchanged."""
-    values, treedef = jax.tree.flatten(params)
-    masks = (
-        [jnp.ones(jnp.shape(value), bool) for value in values]
-        if mask is None
-        else [jnp.asarray(kept) for kept in jax.tree.leaves(mask)]
+        gone = weights_to_prune(weights, scores, targets, options)
+        return Step(weights.pruned(gone, np.zeros_like(values)), None, 0)
+    scaled = ScaledRows.of(
+        rows, options.damping, relative=options.relative_damping, num_weights=len(values)
     )
-    for leaf, flags, change in zip(leaves, pruned, changes, strict=True):
-        kept = np.zeros(math.prod(leaf.shape), bool)
-        kept[leaf.alive] = ~flags
-        flat = np.zeros(kept.shape, leaf.weights.dtype)
-        flat[leaf.alive] = np.where(flags, 0, leaf.weights + change)
-        old = values[leaf.number]
-        values[leaf.number] = _like(flat, old)
-        masks[leaf.number] = _like(kept, old, dtype=bool)
-    return jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, masks)
+    root = np.sqrt(scaled.damping)
+    hatted, model = values * root, fisher_model(scaled, options.block_size)
+    diagonal = functools.cache(model.diagonal)
+    if options.method in ("magnitude", "random"):
+        scores = model_free_scores(weights, options, number)
+    else:
+        scores = scores_of(hatted, scaled, diagonal, options)
+    gone = weights_to_prune(weights, scores, targets, options)
+    change, num_failed = np.zeros_like(hatted), 0
+    if options.update_of_kept == "joint" and gone.any():
+        change, num_failed = model.joint(np.where(gone, hatted, 0), ~gone)
+    elif options.update_of_kept == "independent" and gone.any():
+        solution = model.solve(np.where(gone, hatted / diagonal().vector, 0))
+        change, num_failed = -solution.vector, solution.num_failed
+    if diagonal.cache_info().currsize:
+        num_failed = max(num_failed, diagonal().num_failed)
+    products = scaled.products(np.where(gone, -hatted, change))
+    predicted = float(products.mean() + (products**2).mean() / 2)
+    changes = np.where(gone, -values, change / root)
+    return Step(weights.pruned(gone, changes), predicted, num_failed)
 
 
-def _like(flat: np.ndarray, leaf: Any, dtype: Any | None = None) -> jax.Array:
-    """The values with a leaf's shape, dtype and sharding."""
-    array = flat.reshape(leaf.shape).astype(dtype or leaf.dtype)
-    return jax.device_put(array, getattr(leaf, "sharding", None))
+def rows_of(weights: Weights, grads: PyTree, params: PyTree, options: Options) -> Rows:
+    """The alive columns of given gradients, ``(m, *leaf.shape)`` like the params."""
+    arrays = jax.tree.leaves(grads)
+    if not arrays or not all(np.shape(rows)[:1] > (0,) for rows in arrays):
+        raise ValueError(
+            "grads must hold at least one gradient along the first axis of each leaf, got shapes "
+            f"{[np.shape(rows) for rows in arrays]}."
+        )
+    shapes = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), grads)
+    check_like("a gradient", shapes, params)
+    chosen = {leaf.path: arrays[leaf.number] for leaf in weights.leaves}
+    checked_leaves(chosen, allow_complex=False)
+    width = width_of(weights, params, len(arrays[0]), options)
+    if any(isinstance(rows, np.ndarray) for rows in chosen.values()):
+        return HostRows(weights, jax.tree.map(np.asarray, grads), width)
+    rows = DeviceRows(weights, len(arrays[0]), width)
+    for index in range(len(arrays[0])):
+        rows.insert(jax.tree.map(lambda leaf, i=index: leaf[i], grads))
+    return rows
+
+
+def width_of(weights: Weights, params: PyTree, num_rows: int, options: Options) -> Width:
+    """How the columns are cut; over the devices of sharded params where no mesh is given."""
+    mesh = _mesh_of(params) if options.mesh is None else automatic_mesh(options.mesh)
+    # Without blocks a chunk holds as many columns as there are gradients, or more.
+    size = min(options.block_size or num_rows, len(weights.alive))
+    return Width.of(len(weights.alive), num_rows, size, mesh=mesh)
+
+
+def _mesh_of(params: PyTree) -> jax.sharding.Mesh | None:
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
+            mesh: Any = sharding.mesh  # of arrays that exist, not an abstract one
+            return automatic_mesh(mesh)
+    return None
+
+
+def _given_diagonal(weights: Weights, fisher_diag: PyTree, params: PyTree) -> np.ndarray:
+    check_like("fisher_diag", fisher_diag, params)
+    entries = [np.asarray(entry) for _, entry in named_leaves(fisher_diag)]
+    whole = np.concatenate([leaf.flat(entries[leaf.number]) for leaf in weights.leaves])
+    if not (np.isfinite(whole).all() and (whole >= 0).all()):
+        raise ValueError("fisher_diag must be finite and at least zero.")
+    return whole[weights.alive].astype(weights.values.dtype)

@@ -1,12 +1,13 @@
 """The result of pruning, with a table and a plot."""
 
-import math
+import warnings
 from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import jax
 import numpy as np
 
-from curvax._trees import PyTree, Tree, path_name
+from curvax._trees import PyTree, Tree, named_leaves
+from curvax.pruning._weights import Skipped, Weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,38 +37,53 @@ class PruneResult(NamedTuple, Generic[Tree]):
 
     Attributes:
       params: the parameters; pruned weights of the selected leaves are exactly zero.
-      mask: a tree of bool like ``params``, True for what is kept; leaves that were not selected
-        keep the given mask, True without one.
+      mask: a tree of bool like ``params``, True for what is kept; leaves that were not pruned
+        keep the given mask, or have a scalar True, which costs nothing.
       layers: the leaves that are pruned, in the tree's order.
+      skipped: chosen leaves that cannot hold the structure, with the reason.
+      num_other: the number of kept weights in all other leaves.
       predicted_loss_change: the rise of the loss by the quadratic model of the given gradients,
         summed over recomputations; None without gradients. Its scale is right for gradients of
         single examples: with means over batches of $b$ the quadratic part is smaller by $b$.
+      num_failed: how many blocks of the Fisher matrix were too ill conditioned for their dtype; at
+        most in one step.
     """
 
     params: Tree
     mask: Tree
     layers: tuple[LayerSparsity, ...]
+    skipped: tuple[Skipped, ...]
+    num_other: int
     predicted_loss_change: float | None
+    num_failed: int
 
     @property
     def sparsity(self) -> float:
         """The overall share of zeros in the pruned leaves."""
-        return 1 - sum(layer.kept for layer in self.layers) / sum(x.size for x in self.layers)
+        return self._total().sparsity
+
+    @property
+    def num_kept(self) -> int:
+        """The number of all remaining weights, biases, norms and embeddings included."""
+        return self._total().kept + self.num_other
 
     def table(self) -> str:
-        """The sparsity of each pruned leaf, as text."""
-        width = max(len("total"), *(len(layer.path) for layer in self.layers))
-        total = LayerSparsity(
-            "total",
-            sum(layer.size for layer in self.layers),
-            sum(layer.kept for layer in self.layers),
-        )
-        lines = [f"{'':{width}}  {'weights':>10}  {'kept':>10}  {'sparsity':>8}"]
+        """The sparsity of each pruned leaf, and of the whole model, as text."""
+        total = self._total()
+        model = LayerSparsity("model", total.size + self.num_other, self.num_kept)
+        rows = [*self.layers, total, model]
+        width = max(len(row.path) for row in rows)
+        lines = [f"{'':{width}}  {'weights':>12}  {'kept':>12}  {'sparsity':>8}"]
         lines += [
-            f"{layer.path:{width}}  {layer.size:>10,}  {layer.kept:>10,}  {layer.sparsity:>8.2%}"
-            for layer in (*self.layers, total)
+            f"{row.path:{width}}  {row.size:>12,}  {row.kept:>12,}  {row.sparsity:>8.2%}"
+            for row in rows
         ]
+        lines += [f"{path} is not pruned: {reason}" for path, reason in self.skipped]
         return "\n".join(lines)
+
+    def _total(self) -> LayerSparsity:
+        size = sum(layer.size for layer in self.layers)
+        return LayerSparsity("total", size, sum(layer.kept for layer in self.layers))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Bars of the sparsity of each pruned leaf.
@@ -93,14 +109,38 @@ class PruneResult(NamedTuple, Generic[Tree]):
         return ax
 
 
-def layer_sparsities(mask: PyTree, indices: list[int]) -> tuple[LayerSparsity, ...]:
-    """Counts of the leaves with the given numbers."""
-    entries = jax.tree_util.tree_leaves_with_path(mask)
-    return tuple(
-        LayerSparsity(
-            path_name(entries[index][0]),
-            math.prod(entries[index][1].shape),
-            int(np.count_nonzero(entries[index][1])),
-        )
-        for index in indices
+def result_of(
+    params: Tree,
+    mask: PyTree | None,
+    weights: Weights,
+    skipped: tuple[Skipped, ...],
+    predicted: float | None,
+    num_failed: int,
+) -> PruneResult[Tree]:
+    """The result, with warnings of what a user would not expect."""
+    counts = [int(np.count_nonzero(weights.alive[span])) for span in weights.spans()]
+    layers = tuple(
+        LayerSparsity(leaf.path, leaf.size, kept)
+        for leaf, kept in zip(weights.leaves, counts, strict=True)
     )
+    if empty := ", ".join(layer.path for layer in layers if not layer.kept):
+        warnings.warn(
+            f"pruning left no weight in {empty}, which cuts the network: set min_density, or "
+            "another distribution of the sparsity than 'global'.",
+            stacklevel=3,
+        )
+    if num_failed:
+        warnings.warn(
+            f"{num_failed} blocks of the Fisher matrix were too ill conditioned for their dtype, "
+            "and their damping was raised by a few ulps: raise damping.",
+            stacklevel=3,
+        )
+    new_mask = weights.mask(params, mask)
+    pruned = {layer.path for layer in layers}
+    num_other = sum(
+        int(np.count_nonzero(np.broadcast_to(kept, leaf.shape)))
+        for (path, leaf), kept in zip(named_leaves(params), jax.tree.leaves(new_mask), strict=True)
+        if path not in pruned
+    )
+    new_params = weights.params(params)
+    return PruneResult(new_params, new_mask, layers, skipped, num_other, predicted, num_failed)

@@ -1,35 +1,58 @@
 """The units of pruning: single weights, blocks of them, whole outputs; or N of M kept."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from curvax._checks import check_count
 from curvax._layouts import KernelLayout
-from curvax.pruning._leaves import Leaf
+from curvax.pruning._weights import Leaf
+
+_READS = ":in"
 
 
 class NM(NamedTuple):
-    """At most ``n`` of each ``m`` consecutive weights along the fan-in are kept.
+    """At most ``n`` of each ``m`` consecutive weights along an axis are kept.
 
     Attributes:
       n: how many are kept.
-      m: the length of a group; it must divide the fan-in.
+      m: the length of a group; leaves whose axis it does not divide are not pruned.
+      axis: the axis, for leaves of any rank; None for the fan-in, the last axis of it.
     """
 
     n: int
     m: int
+    axis: int | None = None
 
 
 class WeightBlocks(NamedTuple):
-    """Pruning runs of ``size`` consecutive weights along the fan-in, which it must divide."""
+    """Pruning blocks of consecutive weights.
 
-    size: int
+    Attributes:
+      size: the number of weights along the fan-in, or the numbers along fan-in and fan-out; leaves
+        whose axes they do not divide are not pruned.
+    """
+
+    size: int | tuple[int, int]
 
 
 class OutputUnits(NamedTuple):
-    """Pruning all weights of an output unit, a Flax kernel's column, a PyTorch weight's row."""
+    """Pruning all weights of an output unit, a Flax kernel's column, a PyTorch weight's row.
+
+    Attributes:
+      coupled: groups of leaves that lose a unit together; with them no other leaf is pruned. A
+        group is a tuple of paths: of what has the unit as an output (kernels, biases, scales), and,
+        marked ``"path:in"``, of kernels that read it. Where a kernel reads a multiple of the units,
+        as behind a flattening, the unit is the fastest of its inputs.
+    """
+
+    coupled: tuple[tuple[str, ...], ...] = ()
+
+    def paths(self) -> set[str]:
+        """The leaves in groups."""
+        return {name.removesuffix(_READS) for group in self.coupled for name in group}
 
 
 Structure = NM | WeightBlocks | OutputUnits
@@ -50,62 +73,148 @@ def check_structure(structure: Structure | None) -> None:
         if structure.n > structure.m:
             raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
     if isinstance(structure, WeightBlocks):
-        check_count("size of WeightBlocks(size)", structure.size)
+        for size in _sides(structure):
+            check_count("size of WeightBlocks(size)", size)
 
 
-def unit_numbers(leaf: Leaf, structure: Structure | None) -> np.ndarray:
-    """For each alive weight the number of its unit, from 0."""
-    if structure is None:
-        return np.arange(len(leaf.alive))
-    numbers = (
-        _output_numbers(leaf) if isinstance(structure, OutputUnits) else _runs(leaf, structure)
-    )
-    return np.broadcast_to(numbers, leaf.shape).reshape(-1)[leaf.alive]
+def takes_all(structure: Structure | None, sparsity: float) -> bool:
+    """Whether a sparsity is the most that N:M allows, so that every group comes down to N."""
+    if not isinstance(structure, NM):
+        return False
+    most = 1 - structure.n / structure.m
+    if sparsity > most + 1e-9:
+        raise ValueError(f"{structure} allows a sparsity of at most {most:.6g}, got {sparsity}.")
+    return sparsity > most - 1e-9
 
 
-def _output_numbers(leaf: Leaf) -> np.ndarray:
-    """A number for each output of each member of a stack, with axes of length one elsewhere."""
-    if len(leaf.shape) == 1:
-        return np.arange(leaf.shape[0])  # a bias or a scale has an entry for each output
-    layout = _known_layout(leaf, OutputUnits())
-    axes = layout.stacked + layout.fan_out
-    shape = [size if axis in axes else 1 for axis, size in enumerate(leaf.shape)]
-    return np.arange(math.prod(shape)).reshape(shape)
-
-
-def _runs(leaf: Leaf, structure: NM | WeightBlocks) -> np.ndarray:
-    """A number for each run of consecutive weights along the fan-in."""
-    length = structure.m if isinstance(structure, NM) else structure.size
-    axis = _known_layout(leaf, structure).fan_in[-1]
-    runs, rest = divmod(leaf.shape[axis], length)
-    if rest:
-        raise ValueError(
-            f"{structure} needs a fan-in that {length} divides, got {leaf.shape[axis]} at "
-            f"{leaf.path}; leave the leaf out with select."
-        )
-    shape = (*leaf.shape[:axis], runs, *leaf.shape[axis + 1 :])
-    return np.repeat(np.arange(math.prod(shape)).reshape(shape), length, axis=axis)
-
-
-def _known_layout(leaf: Leaf, structure: Structure) -> KernelLayout:
+def why_unfit(leaf: Leaf, structure: Structure | None) -> str | None:
+    """Why a leaf cannot be pruned in the structure's units; None if it can."""
+    if isinstance(structure, NM) and structure.axis is not None:
+        if not -len(leaf.shape) <= structure.axis < len(leaf.shape):
+            return f"it has no axis {structure.axis}"
+        return _indivisible(leaf, (structure.axis,), (structure.m,))
+    if structure is None or (isinstance(structure, OutputUnits) and len(leaf.shape) == 1):
+        return None
     layout = leaf.layout
     if layout is None or layout.unknown or not (layout.fan_in and layout.fan_out):
         found = layout.letters if layout else "not a kernel"
         letters = "IO".rjust(len(leaf.shape), "L")
-        raise ValueError(
-            f"{structure} needs the axes of fan-in and outputs, and {leaf.path} of shape "
-            f"{leaf.shape} was read as {found!r}: name them, with layout={{{leaf.path!r}: "
-            f"{letters!r}}} for (stacked axes, fan-in, outputs), or leave the leaf out with "
-            "select."
+        return (
+            f"its axes of fan-in and outputs are unknown (read as {found!r}): name them, with "
+            f"layout={{{leaf.path!r}: {letters!r}}} for (stacked axes, fan-in, outputs)"
         )
-    return layout
+    if isinstance(structure, NM):
+        return _indivisible(leaf, layout.fan_in[-1:], (structure.m,))
+    if isinstance(structure, WeightBlocks):
+        return _indivisible(leaf, _block_axes(layout), _sides(structure))
+    return None
 
 
-def not_among_the_best(scores: np.ndarray, units: np.ndarray, number: int) -> np.ndarray:
-    """Whether a weight is outside the ``number`` best of its unit."""
-    order = np.lexsort((-scores, units))
-    sorted_units = units[order]
-    first = np.searchsorted(sorted_units, sorted_units, side="left")
-    rank = np.empty(len(scores), int)
-    rank[order] = np.arange(len(scores)) - first
-    return rank >= number
+class Units(NamedTuple):
+    """Which weights belong to which units; with coupled leaves a weight may belong to several.
+
+    Attributes:
+      weights: the position of a weight among those of the chosen leaves.
+      numbers: the number of its unit, from 0.
+    """
+
+    weights: np.ndarray
+    numbers: np.ndarray
+
+
+def units_of(leaves: Sequence[Leaf], structure: Structure) -> Units:
+    """The units of leaves."""
+    starts = np.cumsum([0, *(leaf.size for leaf in leaves)]).tolist()
+    if isinstance(structure, OutputUnits) and structure.coupled:
+        return _coupled_units(leaves, starts, structure)
+    numbers, total = [], 0
+    for leaf in leaves:
+        own = _numbers(leaf, structure)
+        numbers.append(total + own)
+        total += int(own.max(initial=-1)) + 1
+    return Units(np.arange(starts[-1]), np.concatenate(numbers))
+
+
+def _coupled_units(leaves: Sequence[Leaf], starts: list[int], structure: OutputUnits) -> Units:
+    by_path = {leaf.path: (leaf, start) for leaf, start in zip(leaves, starts, strict=False)}
+    weights, numbers, total = [], [], 0
+    for group in structure.coupled:
+        made = [by_path[name][0] for name in group if not name.endswith(_READS)]
+        counts = {_num_outputs(leaf) for leaf in made}
+        if len(counts) != 1:
+            found = {leaf.path: _num_outputs(leaf) for leaf in made}
+            raise ValueError(
+                f"the leaves of a group of OutputUnits(coupled=...) have one output a unit and "
+                f"must agree, got {found}; mark what reads the units as 'path{_READS}'."
+            )
+        (count,) = counts
+        for name in group:
+            leaf, start = by_path[name.removesuffix(_READS)]
+            axes = _fan_in(leaf) if name.endswith(_READS) else _fan_out(leaf)
+            places = _along(leaf, axes)
+            if (places.max() + 1) % count:
+                raise ValueError(
+                    f"{name} reads {places.max() + 1} inputs, which is no multiple of the {count} "
+                    f"units of {made[0].path}."
+                )
+            weights.append(start + np.arange(leaf.size))
+            numbers.append(total + places % count)
+        total += count
+    return Units(np.concatenate(weights), np.concatenate(numbers))
+
+
+def _numbers(leaf: Leaf, structure: Structure) -> np.ndarray:
+    """For each weight of a leaf the number of its unit."""
+    if isinstance(structure, OutputUnits):
+        layout = leaf.layout
+        return _along(leaf, (*(layout.stacked if layout else ()), *_fan_out(leaf)))
+    if isinstance(structure, NM):
+        axis = structure.axis if structure.axis is not None else _fan_in(leaf)[-1]
+        lengths = {axis % len(leaf.shape): structure.m}
+    else:
+        assert leaf.layout is not None
+        pairs = zip(_block_axes(leaf.layout), _sides(structure), strict=False)
+        lengths = dict(pairs)
+    places = np.indices(leaf.shape, sparse=True)
+    numbers: np.ndarray = np.zeros((), int)
+    for axis, size in enumerate(leaf.shape):
+        length = lengths.get(axis, 1)
+        numbers = numbers * (size // length) + places[axis] // length
+    return np.asarray(leaf.flat(np.broadcast_to(numbers, leaf.shape)))
+
+
+def _along(leaf: Leaf, axes: tuple[int, ...]) -> np.ndarray:
+    """For each weight its place along some axes."""
+    places = np.indices(leaf.shape, sparse=True)
+    numbers: np.ndarray = np.zeros((), int)
+    for axis in axes:
+        numbers = numbers * leaf.shape[axis] + places[axis]
+    return np.asarray(leaf.flat(np.broadcast_to(numbers, leaf.shape)))
+
+
+def _fan_in(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.layout.fan_in if leaf.layout else ()
+
+
+def _fan_out(leaf: Leaf) -> tuple[int, ...]:
+    """A bias or a scale has an entry for each output."""
+    return leaf.layout.fan_out if leaf.layout else tuple(range(len(leaf.shape)))
+
+
+def _num_outputs(leaf: Leaf) -> int:
+    return math.prod(leaf.shape[axis] for axis in _fan_out(leaf))
+
+
+def _sides(structure: WeightBlocks) -> tuple[int, ...]:
+    return structure.size if isinstance(structure.size, tuple) else (structure.size,)
+
+
+def _block_axes(layout: KernelLayout) -> tuple[int, int]:
+    return layout.fan_in[-1], layout.fan_out[-1]
+
+
+def _indivisible(leaf: Leaf, axes: Sequence[int], lengths: Sequence[int]) -> str | None:
+    for axis, length in zip(axes, lengths, strict=False):
+        if leaf.shape[axis] % length:
+            return f"{length} does not divide the {leaf.shape[axis]} entries of axis {axis}"
+    return None

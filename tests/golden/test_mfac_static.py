@@ -46,14 +46,15 @@ def test_diagonal_and_product_equal_the_published(golden, kind, on):
 def test_masks_are_the_published_and_weights_equal(golden, kind, sparsity):
     with jax.enable_x64(True):
         result = pruning.prune(
-            {"kernel": jnp.asarray(golden["weights"]).reshape(20, 15)},
-            {"kernel": jnp.asarray(golden["grads"]).reshape(-1, 20, 15)},
+            {"weight": jnp.asarray(golden["weights"]).reshape(20, 15)},
+            {"weight": jnp.asarray(golden["grads"]).reshape(-1, 20, 15)},
             sparsity,
             update="independent",
             damping=float(golden["damping"]),
+            relative_damping=False,
             block_size=block_size(golden, kind),
         )
-    mask, weights = (np.ravel(tree["kernel"]) for tree in (result.mask, result.params))
+    mask, weights = (np.ravel(tree["weight"]) for tree in (result.mask, result.params))
     np.testing.assert_array_equal(mask, golden[f"prune/{kind}/{sparsity}/mask"])
     assert_close(weights, golden[f"prune/{kind}/{sparsity}/weights"])
     assert np.all(weights[~mask] == 0)

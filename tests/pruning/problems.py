@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax import pruning
+
 SHAPES = {"conv": {"kernel": (2, 4, 3), "bias": (3,)}, "dense": {"kernel": (8, 4)}}
 NUM_GRADS = 12
 
@@ -29,14 +31,26 @@ def grads(seed=1, number=NUM_GRADS, dtype=jnp.float32):
 
 
 def kernels(tree):
-    return np.concatenate(
-        [np.ravel(tree["conv"]["kernel"]), np.ravel(tree["dense"]["kernel"])]
-    ).astype(np.float64)
+    """The kernels' entries, those of an output unit one after the other."""
+    leaves = (tree["conv"]["kernel"], tree["dense"]["kernel"])
+    return np.concatenate([np.ravel(np.moveaxis(x, -1, 0)) for x in leaves]).astype(np.float64)
 
 
 def kernel_rows(tree):
     leaves = (tree["conv"]["kernel"], tree["dense"]["kernel"])
-    return np.concatenate([np.reshape(x, (len(x), -1)) for x in leaves], axis=1).astype(np.float64)
+    parts = [np.moveaxis(x, -1, 1).reshape(len(x), -1) for x in leaves]
+    return np.concatenate(parts, axis=1).astype(np.float64)
+
+
+def prune(*args, block_size=None, relative_damping=False, damping=1e-5, **options):
+    """`pruning.prune` with the published defaults: the whole matrix, and the damping as it is."""
+    return pruning.prune(
+        *args,
+        block_size=block_size,
+        relative_damping=relative_damping,
+        damping=damping,
+        **options,
+    )
 
 
 def dense_fisher(rows, damping, block_size=None):

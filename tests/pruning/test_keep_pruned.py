@@ -43,7 +43,7 @@ def train(tx, params, steps=5):
 def at_pruned(tree, mask=PRUNED.mask):
     return np.concatenate(
         [
-            np.asarray(x)[~np.asarray(m)]
+            np.asarray(x)[~np.broadcast_to(m, np.shape(x))]
             for x, m in zip(*map(jax.tree.leaves, (tree, mask)), strict=True)
         ]
     )

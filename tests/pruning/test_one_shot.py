@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from curvax import pruning
-from curvax.pruning import _one_shot as one_shot_module
 
 from . import problems
 
@@ -135,8 +134,8 @@ def test_obs_with_recomputation_beats_magnitude():
         return float(loss_fn(result.params, inputs, targets))
 
     magnitude = loss_after(method="magnitude")
-    once = loss_after(per_example=True, recomputations=1, damping=1e-4)
-    often = loss_after(per_example=True, recomputations=16, damping=1e-4)
+    once = loss_after(per_example=True, recomputations=1, damping=1e-3)
+    often = loss_after(per_example=True, recomputations=16, damping=1e-3)
     assert often < magnitude
     assert often < once
 
@@ -215,10 +214,10 @@ class TestBadInput:
     "options",
     [
         {"method": "oBs"},
-        {"scope": "tree"},
+        {"distribution": "tree"},
         {"update": "all"},
         {"damping": -1.0},
-        {"method": "greedy"},
+        {"method": "greedy", "block_size": None},
         {"block_sizes": 3},
     ],
 )
@@ -243,28 +242,20 @@ def test_each_layer_goes_down_from_where_it_is():
     def loss_fn(params, x):
         return x * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    class Batches:
-        def __iter__(self):
-            return iter([1.0])
+    def batches(params):
+        seen.append([float(jnp.mean(leaf == 0)) for leaf in jax.tree.leaves(params)])
+        return [1.0]
 
-    real = one_shot_module.prune
-
-    def recorded(params, *args, **kwargs):
-        result = real(params, *args, **kwargs)
-        seen.append([layer.sparsity for layer in result.layers])
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_shot_module, "prune", recorded)
-        pruning.prune_one_shot(
-            loss_fn,
-            params,
-            Batches(),
-            0.9,
-            method="fisher",
-            scope="layer",
-            mask=mask,
-            recomputations=2,
-            num_grads=1,
-        )
-    np.testing.assert_allclose(seen, [[0.9, 1 - 0.1**0.5], [0.9, 0.9]], atol=0.011)
+    result = pruning.prune_one_shot(
+        loss_fn,
+        params,
+        batches,
+        0.9,
+        method="fisher",
+        distribution="uniform",
+        mask=mask,
+        recomputations=2,
+        num_grads=1,
+    )
+    assert [layer.sparsity for layer in result.layers] == pytest.approx([0.9, 0.9])
+    np.testing.assert_allclose(seen, [[0.9, 0.0], [0.9, 1 - 0.1**0.5]], atol=0.011)

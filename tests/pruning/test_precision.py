@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import curvax
-from curvax import pruning
+
+from . import problems
 
 DAMPING = 1e-5
 
@@ -47,9 +48,9 @@ def least_cost(weights, mask, rows, size):
 
 
 def pruned(weights, rows, sparsity, **options):
-    params, grads = {"kernel": jnp.asarray(weights)}, {"kernel": jnp.asarray(rows)}
-    result = pruning.prune(params, grads, sparsity, damping=DAMPING, **options)
-    return result.params["kernel"], result.mask["kernel"]
+    params, grads = {"weight": jnp.asarray(weights)}, {"weight": jnp.asarray(rows)}
+    result = problems.prune(params, grads, sparsity, damping=DAMPING, **options)
+    return result.params["weight"], result.mask["weight"]
 
 
 @pytest.mark.parametrize("block_size", [32, None])
@@ -109,7 +110,7 @@ def test_blocks_over_a_mesh_are_pruned_as_on_one_device(place, method):
         "host": lambda: rows,
     }[place]()
     options = {"method": method, "block_size": 32, "damping": DAMPING}
-    spread = pruning.prune({"kernel": weights}, {"kernel": placed}, 0.9, mesh=mesh, **options)
-    alone = pruning.prune({"kernel": weights}, {"kernel": rows}, 0.9, **options)
-    np.testing.assert_array_equal(spread.mask["kernel"], alone.mask["kernel"])
-    np.testing.assert_allclose(spread.params["kernel"], alone.params["kernel"], rtol=1e-3)
+    spread = problems.prune({"weight": weights}, {"weight": placed}, 0.9, mesh=mesh, **options)
+    alone = problems.prune({"weight": weights}, {"weight": rows}, 0.9, **options)
+    np.testing.assert_array_equal(spread.mask["weight"], alone.mask["weight"])
+    np.testing.assert_allclose(spread.params["weight"], alone.params["weight"], rtol=1e-3)

@@ -75,6 +75,14 @@ def fashion_cnn(size: str, data_dir: Path) -> Task:
     )
 
 
+def fashion_resnet(data_dir: Path) -> Task:
+    """Fashion-MNIST, a ResNet with batch normalization."""
+    task = _classification(
+        ResNet20(), _fashion(data_dir), batch_size=16, steps=3437, model_evaluated=ResNet20
+    )
+    return task._replace(name="fashion-resnet", words="Fashion-MNIST, ResNet-20, one epoch")
+
+
 def cifar_resnet(size: str, data_dir: Path) -> Task:
     """CIFAR-10, a ResNet with batch normalization and the standard augmentation.
 
@@ -92,6 +100,15 @@ def cifar_resnet(size: str, data_dir: Path) -> Task:
             words="CIFAR-10, ResNet-8 with 8, 16 and 32 filters, batch normalization, augmentation",
             sample=augmented,
             scannable=False,
+        )
+    if size == "pruning":
+        task = _classification(
+            ResNet20(), splits, batch_size=32, steps=5600, model_evaluated=ResNet20
+        )
+        return task._replace(
+            name="cifar-resnet",
+            words="CIFAR-10, ResNet-20, 4 epochs with the standard augmentation",
+            sample=augmented,
         )
     task = _classification(
         ResNet20(), splits, batch_size=256, steps=28_000, model_evaluated=ResNet20

@@ -24,10 +24,12 @@ def shakespeare(size: str, data_dir: Path) -> Task:
     text = text.astype(np.int32)
     train, validation, test = np.split(text, [len(text) * 18 // 20, len(text) * 19 // 20])
     vocabulary = len(characters)
-    if size == "cpu":
-        model, length, batch_size, steps = Transformer(vocabulary, 64, 2, 4), 64, 16, 500
-    else:
-        model, length, batch_size, steps = Transformer(vocabulary, 384, 6, 6), 256, 64, 3000
+    sizes = {  # the model, the length of a window, the batch size and the steps
+        "cpu": (Transformer(vocabulary, 64, 2, 4), 64, 16, 500),
+        "pruning": (Transformer(vocabulary, 256, 3, 4), 128, 16, 1200),
+        "accelerator": (Transformer(vocabulary, 384, 6, 6), 256, 64, 3000),
+    }
+    model, length, batch_size, steps = sizes[size]
 
     def windows(part: np.ndarray) -> jax.Array:
         """Consecutive windows of one token more than the model reads."""

@@ -48,6 +48,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(10, 16, 64, 1, 0.0, 32, 500),
+    "pruning": Size(5, 20, 128, 2, 0.1, 32, 2500),
     "accelerator": Size(2, 40, 256, 3, 0.1, 128, None),
 }
 

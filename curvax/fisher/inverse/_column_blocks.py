@@ -56,7 +56,7 @@ class ColumnBlocks:
         devices = 1 if mesh is None else mesh.size
         number = -(-number // devices) * devices
         # Blocks are cut from flat columns, which automatic axes allow.
-        return cls(columns.layout, size, number, None if mesh is None else _automatic(mesh))
+        return cls(columns.layout, size, number, None if mesh is None else automatic_mesh(mesh))
 
     @property
     def starts(self) -> range:
@@ -86,12 +86,6 @@ class ColumnBlocks:
         flat = [jnp.moveaxis(piece, 0, -2) for piece in pieces]
         flat = [piece.reshape(*piece.shape[:-2], -1) for piece in flat]
         return self.layout.split(jnp.concatenate(flat, axis=-1)[..., : self.layout.num_columns])
-
-    def everywhere(self, array: jax.Array) -> jax.Array:
-        """The array replicated on all devices of the mesh."""
-        if self.mesh is None:
-            return array
-        return jax.device_put(array, jax.NamedSharding(self.mesh, jax.P()))
 
     def over_devices(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled kernel on a batch, whose blocks are spread over the devices of the mesh.
@@ -125,7 +119,8 @@ def _spec(array: Any, mesh: jax.sharding.Mesh) -> jax.P:
     return jax.P(mesh.axis_names) if jnp.ndim(array) else jax.P()
 
 
-def _automatic(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+def automatic_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The mesh with automatic axes, along which flat columns may be cut anywhere."""
     types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
     return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 

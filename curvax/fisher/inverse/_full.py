@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.fisher._cholesky import HIGHEST, InverseFactor, inverse_factor
-from curvax.fisher.inverse._columns import Columns, Layout, Part
+from curvax.fisher.inverse._columns import Columns, Layout
 from curvax.fisher.inverse._gram import gram, squares_below
 from curvax.fisher.window._dense import leaf_combine, leaf_dots, pairwise_sum
 
@@ -32,7 +32,7 @@ Leaves = Sequence[jax.Array]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["columns", "factor", "damping", "normalizer", "kept"],
+    data_fields=["columns", "factor", "damping", "normalizer"],
     meta_fields=["workspace_bytes"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,6 @@ class FullInverse:
       factor: $C^{-1}$.
       damping: $\lambda$.
       normalizer: $n$.
-      kept: for each leaf a bool for each entry: the others count as zeros in $K$; None for all.
       workspace_bytes: about how much memory the columns of NumPy arrays may take at a time.
     """
 
@@ -52,7 +51,6 @@ class FullInverse:
     factor: InverseFactor
     damping: jax.Array
     normalizer: jax.Array
-    kept: tuple[jax.Array, ...] | None
     workspace_bytes: int
 
     @classmethod
@@ -63,16 +61,14 @@ class FullInverse:
         normalizer: jax.Array,
         *,
         workspace_bytes: int,
-        kept: Sequence[jax.Array] | None = None,
     ) -> "FullInverse":
         """Factors $K$."""
-        kept = None if kept is None else tuple(kept)
         total = sum(
-            (gram(_kept(part, kept)) for part in columns.parts(workspace_bytes)),
+            (gram(part.rows) for part in columns.parts(workspace_bytes)),
             start=jnp.zeros((columns.num_rows,) * 2, columns.dtype),
         )
         factor = _damped_factor(total, normalizer * damping)
-        return cls(columns, factor, damping, normalizer, kept, workspace_bytes)
+        return cls(columns, factor, damping, normalizer, workspace_bytes)
 
     @property
     def takes_complex_samples(self) -> bool:
@@ -136,10 +132,6 @@ class FullInverse:
         options = self.damping, self.normalizer
         return dual_element(self.factor, first, second, *options, on_diagonal=i == j)
 
-    def compensate(self, vectors: Leaves) -> list[jax.Array]:
-        r"""$G_S^H K_S^{-1} G v$ over the kept columns $S$: how they compensate for $v$."""
-        return self._combine(_solve(self.factor, self._dots(vectors)), self.kept)
-
     def _split(self, vectors: Leaves) -> tuple[jax.Array, list[jax.Array]]:
         """$c$ and $r$."""
         coefficients = _solve(self.factor, self._dots(vectors))
@@ -152,12 +144,10 @@ class FullInverse:
         sums = [leaf_dots(part.rows, part.of(vectors[part.leaf])) for part in parts]
         return pairwise_sum(jnp.stack(sums, axis=1))
 
-    def _combine(
-        self, weights: jax.Array, kept: tuple[jax.Array, ...] | None = None
-    ) -> list[jax.Array]:
+    def _combine(self, weights: jax.Array) -> list[jax.Array]:
         """$G^H x$ for weights (m,), or for each row of weights (k, m)."""
         parts = self.columns.parts(self.workspace_bytes)
-        pieces = ((part.leaf, _combination(_kept(part, kept), weights)) for part in parts)
+        pieces = ((part.leaf, _combination(part.rows, weights)) for part in parts)
         return self._assemble(pieces, weights.shape[:-1])
 
     def _assemble(
@@ -179,10 +169,6 @@ def normal_leaves(key: jax.Array, layout: Layout) -> list[jax.Array]:
         jax.random.normal(leaf_key, shape, layout.dtype)
         for leaf_key, shape in zip(keys, layout.shapes, strict=True)
     ]
-
-
-def _kept(part: Part, kept: tuple[jax.Array, ...] | None) -> jax.Array:
-    return part.rows if kept is None else part.rows * part.of(kept[part.leaf])
 
 
 @jax.jit

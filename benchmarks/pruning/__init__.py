@@ -1,0 +1,1 @@
+"""Pruning of trained networks: accuracy, perplexity and BLEU over sparsity, time and memory."""

@@ -1,0 +1,271 @@
+"""Which leaves are pruned, and how many of their weights at a step: schedules and distributions."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_count, check_range, is_traced
+from curvax._layouts import Layout, kernel_layout
+from curvax._trees import PyTree, Select, named_leaves, shape_of
+from curvax.pruning._erk import erk_densities, erk_ratio
+from curvax.pruning._smallest import Pools, share
+from curvax.pruning._structures import NM
+from curvax.pruning._targets import Distribution
+
+Method = Literal["magnitude", "saliency", "fisher", "hessian", "random"]
+Sparsity = float | jax.Array | Callable[[Any], Any]  # a number, or a schedule of the count
+LATE = 2**30  # a count at which schedules have ended
+
+
+class NamedShape(NamedTuple):
+    """A leaf that is pruned."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+
+class Group(NamedTuple):
+    """Leaves with a common sparsity, and how it is distributed among their pools.
+
+    Attributes:
+      sparsity: a number or a schedule.
+      totals: the weights of each pool.
+      ratios: for "erk" the densities of the pools, up to a common factor.
+    """
+
+    sparsity: Sparsity
+    totals: tuple[int, ...]
+    ratios: tuple[float, ...] | None
+
+    def sparsities(self, count: jax.Array) -> jax.Array:
+        """The sparsity of each pool."""
+        sparsity = jnp.clip(value_at(self.sparsity, count), 0, 1)
+        if self.ratios is None:
+            return jnp.broadcast_to(sparsity, len(self.totals))
+        densities = erk_densities(self.ratios, self.totals, 1 - sparsity)
+        return jnp.where(sparsity > 0, 1 - densities, 0)
+
+
+class Targets(NamedTuple):
+    """The pools of all leaves that are pruned."""
+
+    pools: Pools
+    groups: tuple[Group, ...]
+
+    def numbers(self, count: jax.Array) -> jax.Array:
+        """How many weights of each pool are pruned at a step."""
+        sparsities = [group.sparsities(count) for group in self.groups]
+        return share(jnp.concatenate(sparsities), np.array(self.pools.totals))
+
+
+def value_at(value: Sparsity, count: Any) -> jax.Array:
+    """A number, or a schedule's value, in float32."""
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def check_share(name: str, value: Sparsity) -> None:
+    """Raises unless a number or both ends of a schedule are between 0 and 1."""
+    if not callable(value):
+        check_range(name, value, low=0, high=1)
+        return
+    with jax.ensure_compile_time_eval():
+        for count in (0, LATE):
+            reached = value_at(value, jnp.int32(count))
+            if not (is_traced(reached) or 0 <= reached <= 1):
+                raise ValueError(
+                    f"{name} must be in [0, 1] at each count, got {reached} at {count}: let the "
+                    "schedule end at a share, as optax.polynomial_schedule does."
+                )
+
+
+def check_sparsity(sparsity: Sparsity | Mapping[str, Sparsity]) -> None:
+    """Raises unless all numbers and schedules give shares, and all patterns are valid."""
+    if not isinstance(sparsity, Mapping):
+        check_share("sparsity", sparsity)
+        return
+    for pattern, value in sparsity.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError):
+            raise ValueError(
+                f"sparsity's keys are patterns that re.search takes, got {pattern!r}."
+            ) from None
+        check_share(f"sparsity of {pattern!r}", value)
+
+
+def check_nm(structure: NM | None, distribution: Distribution, regrow: Sparsity | None) -> None:
+    """Raises unless the structure is valid, and goes with the other arguments."""
+    if structure is None:
+        return
+    if not isinstance(structure, NM):
+        raise ValueError(f"structure must be None or NM(n, m), got {structure!r}.")
+    check_count("n of NM(n, m)", structure.n)
+    check_count("m of NM(n, m)", structure.m)
+    if structure.n > structure.m:
+        raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
+    if distribution == "erk":
+        raise ValueError(
+            "distribution='erk' gives leaves different densities, and NM(n, m) ends in the same "
+            "for all: use 'global' or 'uniform'."
+        )
+    if regrow is not None:
+        raise ValueError("regrow breaks the groups of NM(n, m): leave one of them out.")
+
+
+def pattern_of(name: str, sparsity: Sparsity | Mapping[str, Sparsity]) -> str | None:
+    """The first pattern found in a leaf's name; the empty one if there are no patterns."""
+    patterns = sparsity if isinstance(sparsity, Mapping) else [""]
+    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+
+
+def targets(
+    leaves: Sequence[NamedShape],
+    sparsity: Sparsity | Mapping[str, Sparsity],
+    distribution: Distribution,
+    layout: Layout,
+) -> Targets:
+    """The pools in which the weights of ``leaves`` are compared, and their sparsities."""
+    patterns = [pattern_of(leaf.name, sparsity) for leaf in leaves]
+    groups, pools, totals = [], [0] * len(leaves), list[int]()
+    for pattern in dict.fromkeys(patterns):
+        members = [index for index, found in enumerate(patterns) if found == pattern]
+        sizes = tuple(leaves[index].size for index in members)
+        for place, index in enumerate(members):
+            pools[index] = len(totals) + (0 if distribution == "global" else place)
+        value = sparsity[str(pattern)] if isinstance(sparsity, Mapping) else sparsity
+        ratios = None
+        if distribution == "global":
+            sizes = (sum(sizes),)
+        elif distribution == "erk":
+            ratios = tuple(_ratio(leaves[index], layout) for index in members)
+        groups.append(Group(value, sizes, ratios))
+        totals += sizes
+    _check_totals(totals)
+    return Targets(Pools(tuple(pools), tuple(totals)), tuple(groups))
+
+
+def _check_totals(totals: Sequence[int]) -> None:
+    if max(totals, default=0) >= 2**31:
+        raise ValueError(
+            f"weights that are compared with each other are counted up to 2^31, got {max(totals)}: "
+            "use distribution='uniform', or give parts of the params a sparsity each by patterns."
+        )
+
+
+def _ratio(leaf: NamedShape, layout: Layout) -> float:
+    return erk_ratio(kernel_layout(leaf.name, leaf.shape, layout), leaf.shape)
+
+
+class Rule(NamedTuple):
+    """How weights are chosen: the arguments of `prune_on_schedule`."""
+
+    sparsity: Sparsity | Mapping[str, Sparsity]
+    method: Method
+    select: Select
+    distribution: Distribution
+    structure: NM | None
+    layout: Layout
+    regrow: Sparsity | None
+
+    def selects(self, name: str, leaf: Any) -> bool:
+        """Whether a leaf is pruned."""
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        return pattern_of(name, self.sparsity) is not None and self.select(name, leaf)
+
+
+def chosen_names(rule: Rule, params: PyTree) -> set[str]:
+    """The names of the leaves to prune; raises if none is chosen, or one cannot be pruned.
+
+    Scalars and empty leaves may be chosen, but are not pruned.
+    """
+    entries = named_leaves(params)
+    chosen = [(name, leaf) for name, leaf in entries if rule.selects(name, leaf)]
+    paths = ", ".join(name for name, _ in entries)
+    if entries and not chosen:
+        raise ValueError(f"select chooses no leaf of params; their paths are: {paths}.")
+    if isinstance(rule.sparsity, Mapping) and entries:
+        used = {pattern_of(name, rule.sparsity) for name, _ in chosen}
+        for pattern in rule.sparsity:
+            if pattern not in used:
+                raise ValueError(
+                    f"sparsity's pattern {pattern!r} is the first to match no selected leaf: "
+                    f"correct it or leave it out; the paths are: {paths}."
+                )
+    for name, leaf in chosen:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"only real weights can be pruned, got {dtype} at {name}.")
+    return {name for name, leaf in chosen if shape_of(leaf) and 0 not in shape_of(leaf)}
+
+
+class Plan(NamedTuple):
+    """What is pruned, known when the step is traced.
+
+    Attributes:
+      positions: those of the pruned leaves among all leaves.
+      leaves: their names and shapes.
+      axes: for N:M the axis of each along which groups lie.
+      targets: how many of their weights are pruned.
+    """
+
+    positions: tuple[int, ...]
+    leaves: tuple[NamedShape, ...]
+    axes: tuple[int, ...] | None
+    targets: Targets
+
+    def of(self, tree: PyTree) -> list[Any]:
+        """The leaves of ``tree`` that are pruned."""
+        leaves = jax.tree.leaves(tree)
+        return [leaves[position] for position in self.positions]
+
+
+def make_plan(rule: Rule, params: PyTree, mask: PyTree) -> Plan:
+    """The plan for leaves whose mask has their shape; other masks are scalars."""
+    masks = jax.tree.leaves(mask)
+    entries = [(name, shape_of(leaf)) for name, leaf in named_leaves(params)]
+    positions = [
+        index
+        for index, ((_, shape), kept) in enumerate(zip(entries, masks, strict=True))
+        if shape and shape_of(kept) == shape
+    ]
+    leaves = [NamedShape(*entries[position]) for position in positions]
+    axes = None
+    if rule.structure is not None:
+        axes = tuple(_group_axis(leaf, rule.structure, rule.layout) for leaf in leaves)
+    found = targets(leaves, rule.sparsity, rule.distribution, rule.layout)
+    return Plan(tuple(positions), tuple(leaves), axes, found)
+
+
+def _group_axis(leaf: NamedShape, structure: NM, layout: Layout) -> int:
+    if structure.axis is not None:
+        return _divided(leaf, structure, structure.axis % len(leaf.shape))
+    found = kernel_layout(leaf.name, leaf.shape, layout)
+    if found is None or found.unknown or not found.fan_in:
+        letters = "IO".rjust(len(leaf.shape), "L")
+        raise ValueError(
+            f"{structure} needs the axis of fan-in, and {leaf.name} of shape {leaf.shape} was read "
+            f"as {found.letters if found else 'not a kernel'!r}: name its axes, with "
+            f"layout={{{leaf.name!r}: {letters!r}}} for (stacked axes, fan-in, outputs), or leave "
+            "the leaf out with select."
+        )
+    return _divided(leaf, structure, found.fan_in[-1])
+
+
+def _divided(leaf: NamedShape, structure: NM, axis: int) -> int:
+    """The axis, if groups fill it."""
+    if leaf.shape[axis] % structure.m:
+        raise ValueError(
+            f"{structure} needs an axis that {structure.m} divides, got {leaf.shape[axis]} at "
+            f"{leaf.name}; leave the leaf out with select."
+        )
+    return axis

@@ -1,0 +1,108 @@
+"""What a walk over the layers of a model needs to know of it."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from curvax._trees import PyTree
+from curvax.pruning.layerwise._calls import Reader, reader_of
+from curvax.pruning.layerwise._gram import gram_of
+
+Arguments = tuple[Any, ...]
+Shapes = dict[str, tuple[int, ...]]  # of the kernels to prune, by their paths
+
+
+class Sums(NamedTuple):
+    """Sums over the rows of inputs of a layer.
+
+    Attributes:
+      gram: $X^T X$.
+      num_rows: the number of rows.
+      mismatch: how far the kernel in use is from the parameter, as a share of its largest entry.
+    """
+
+    gram: jax.Array
+    num_rows: jax.Array
+    mismatch: jax.Array
+
+    def plus(self, other: "Sums") -> "Sums":
+        """The sums over both, and the larger mismatch."""
+        return Sums(
+            self.gram + other.gram,
+            self.num_rows + other.num_rows,
+            jnp.maximum(self.mismatch, other.mismatch),
+        )
+
+
+class Call(NamedTuple):
+    """A call of a layer while the model is traced.
+
+    Attributes:
+      path: the path of its kernel.
+      reader: how it reads its inputs.
+      inputs: its inputs, by whose identity layers with the same inputs are found.
+    """
+
+    path: str
+    reader: Reader
+    inputs: Any
+
+
+class Calls(NamedTuple):
+    """The calls of the layers that are seen, in order, and why others are not, by path."""
+
+    seen: list[Call]
+    reasons: dict[str, str]
+
+
+class Model(Protocol):
+    """A model of Linen or NNX."""
+
+    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
+        """Traces the model once."""
+
+    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
+        """The sums over the inputs of some layers in one batch."""
+
+
+class Recorder:
+    """Notes the calls of layers while a model is traced.
+
+    Attributes:
+      calls: the calls of the layers whose way of reading is known.
+      reasons: why that of others is not.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+        self.calls: list[Call] = []
+        self.reasons: dict[str, str] = {}
+
+    def note(self, kind: str, layer: Any, path: str, inputs: Any) -> Reader | None:
+        """Notes a call; the layer's reader, if it is known."""
+        if path not in self._shapes:
+            return None
+        reader = reader_of(kind, layer, self._shapes[path], jnp.ndim(inputs))
+        if isinstance(reader, str):
+            self.reasons[path] = reader
+            return None
+        self.calls.append(Call(path, reader, inputs))
+        return reader
+
+    def lose(self, path: str) -> None:
+        """Notes that inputs of a layer could not be taken, so that what is known is not all."""
+        self.reasons[path] = "its inputs do not leave the transform around it, nn.scan for example"
+
+    def summary(self, recorded: dict[str, Sums]) -> Calls:
+        """The calls whose sums have come out of the traced model."""
+        for path in {call.path for call in self.calls} - self.reasons.keys():
+            if path not in recorded or recorded[path].gram.ndim != 2:
+                self.lose(path)
+        return Calls([call for call in self.calls if call.path not in self.reasons], self.reasons)
+
+
+def sums_of(rows: jax.Array, used: jax.Array, kernel: jax.Array) -> Sums:
+    """The sums over some rows, for a layer that computes with the kernel ``used``."""
+    mismatch = jnp.max(jnp.abs(used - kernel)) / jnp.max(jnp.abs(kernel))
+    return Sums(gram_of(rows), jnp.asarray(len(rows)), mismatch.astype(jnp.float32))

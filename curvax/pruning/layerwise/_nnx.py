@@ -1,0 +1,120 @@
+"""The inputs of the layers of an NNX model, taken where the layers of a clone are called."""
+
+import functools
+from typing import Any
+
+import jax
+
+from curvax._trees import PyTree, named_leaves
+from curvax.pruning.layerwise._model import Arguments, Calls, Recorder, Shapes, Sums, sums_of
+
+
+class NNXModel:
+    """A model of NNX; it is cloned, and stays as it is."""
+
+    def __init__(self, model: Any, call: Any) -> None:
+        self._model, self._call = model, call
+        self._compiled: dict[tuple[str, ...], Any] = {}
+
+    def params(self) -> PyTree:
+        """The parameters of the model."""
+        from flax import nnx
+
+        return nnx.state(self._model, nnx.Param)
+
+    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
+        """Traces the model once."""
+        recorder = Recorder(shapes)
+        run = functools.partial(self._recorded, recorder)
+        return recorder.summary(jax.eval_shape(run, params, self._others(), arguments))
+
+    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
+        """The sums over the inputs of some layers in one batch."""
+        if paths not in self._compiled:
+            leaves = dict(named_leaves(params))
+            shapes = {path: leaves[path].shape for path in paths}
+
+            def run(params: PyTree, others: PyTree, arguments: Arguments) -> dict[str, Sums]:
+                return self._recorded(Recorder(shapes), params, others, arguments)
+
+            self._compiled = {paths: jax.jit(run)}  # those before are not needed again
+        return self._compiled[paths](params, self._others(), arguments)
+
+    def _others(self) -> PyTree:
+        """The variables that are not parameters: batch statistics, random streams."""
+        from flax import nnx
+
+        parts: Any = nnx.split(self._model, nnx.Param, ...)
+        return parts[2]
+
+    def _recorded(
+        self, recorder: Recorder, params: PyTree, others: PyTree, arguments: Arguments
+    ) -> dict[str, Sums]:
+        """Calls a clone; sums over the inputs of the recorder's layers, by path."""
+        from flax import nnx
+
+        parts: Any = nnx.split(self._model, nnx.Param, ...)
+        clone = nnx.merge(parts[0], params, others)
+        sums = _SumsAtOneTrace(recorder, dict(named_leaves(params)))
+        nodes = list(nnx.iter_graph(clone))
+        paths = {id(node): "/".join(map(str, path)) for path, node in nodes}
+        for _, node in nodes:
+            kind, path = _kind(node), paths.get(id(getattr(node, "kernel", None)), "")
+            if kind:
+                sums.watch(node, kind, path)
+        if callable(self._call):
+            self._call(clone, *arguments)
+        else:
+            getattr(clone, self._call or "__call__")(*arguments)
+        return sums.by_path
+
+
+class _SumsAtOneTrace:
+    """Sums over the inputs of layers that are called where the model is, in no inner transform.
+
+    Attributes:
+      by_path: the sums by the path of the layer's kernel; layers that share one add up.
+    """
+
+    def __init__(self, recorder: Recorder, kernels: dict[str, jax.Array]) -> None:
+        from flax.core import tracers
+
+        self._current_trace = tracers.current_trace
+        self._trace = tracers.current_trace()
+        self._recorder, self._kernels = recorder, kernels
+        self.by_path: dict[str, Sums] = {}
+
+    def watch(self, layer: Any, kind: str, path: str) -> None:
+        """Makes a layer tell its inputs, by a class of its own."""
+        plain = type(layer)
+
+        def call(layer: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self._add(layer, kind, path, inputs)
+            return plain.__call__(layer, inputs, *args, **kwargs)
+
+        watched = type(plain.__name__, (plain,), {"__call__": call})
+        object.__setattr__(layer, "__class__", watched)
+
+    def _add(self, layer: Any, kind: str, path: str, inputs: Any) -> None:
+        reader = self._recorder.note(kind, layer, path, inputs)
+        # Arrays of an inner transform, such as a scan, must not leave it.
+        if self._current_trace() != self._trace:
+            self._recorder.lose(path)
+        elif reader is not None:
+            self._sum(layer, path, reader.rows(inputs))
+
+    def _sum(self, layer: Any, path: str, rows: jax.Array) -> None:
+        sums = sums_of(rows, layer.kernel[...], self._kernels[path])
+        self.by_path[path] = self.by_path[path].plus(sums) if path in self.by_path else sums
+
+
+def _kind(node: Any) -> str | None:
+    from flax import nnx
+
+    kinds = {
+        nnx.Linear: "dense",
+        nnx.LinearGeneral: "general",
+        nnx.Conv: "conv",
+        nnx.Einsum: "einsum",
+    }
+    return next((kind for layer, kind in kinds.items() if isinstance(node, layer)), None)

@@ -1,0 +1,304 @@
+"""A walk over the layers of a Flax model: each is pruned with the inputs that pruned ones give."""
+
+import collections
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax._checks import check_range, warn_of_batch_stats
+from curvax._progress import progress_bar
+from curvax._trees import PyTree, Select, Tree, named_leaves
+from curvax.pruning._structures import NM
+from curvax.pruning._weights import Skipped, check_mask, is_kernel
+from curvax.pruning.layerwise._gram import InputGram
+from curvax.pruning.layerwise._layer import LayerResult, check_layer, pruned_layer
+from curvax.pruning.layerwise._linen import LinenModel
+from curvax.pruning.layerwise._model import Arguments, Call, Calls, Model, Sums
+from curvax.pruning.layerwise._nnx import NNXModel
+from curvax.pruning.layerwise._options import LayerMethod, LayerOptions, LayerUpdate, Order
+from curvax.pruning.layerwise._result import LayersResult, PrunedLayer
+
+LayerSparsities = float | Mapping[str, float | None] | None
+
+_LARGEST_MISMATCH = 0.02  # a kernel cast to bfloat16 is off by 0.004
+
+
+def prune_layers(
+    model: Any,
+    params: Tree | None,
+    batches: Iterable[Any],
+    sparsity: LayerSparsities,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    call: str | Callable[..., Any] | None = None,
+    method: LayerMethod = "obs",
+    update: LayerUpdate | None = None,
+    structure: NM | None = None,
+    mask: PyTree | None = None,
+    select: Select = is_kernel,
+    damping: float = 1e-2,
+    block_size: int = 128,
+    order: Order = "natural",
+    progress: bool = False,
+) -> LayersResult[Tree]:
+    r"""Prunes a Flax model layer by layer, in the order in which its layers are called.
+
+    `prune_layer` prunes each layer with the inputs that the model gives it on ``batches`` after
+    the layers before it are pruned. A layer that is called several times sees all of its inputs.
+    Layers called one after the other on the same array, such as query, key and value, share one
+    pass.
+
+    Kernels of ``Dense``, ``DenseGeneral`` (those inside attention too), ``Conv`` and ``Einsum`` of
+    Linen, and of ``Linear``, ``LinearGeneral``, ``Conv`` and ``Einsum`` of NNX are pruned. Their
+    inputs cannot be taken inside ``nn.scan`` or ``nn.vmap``, of a module of one's own that keeps
+    its kernel itself, or in NNX inside any transform: such layers stay as they are, and are named
+    in ``unseen`` and in a warning.
+
+    For each layer the model is compiled and runs over the batches up to that layer; only the sums
+    $X^T X$ are kept. A model of $L$ layers runs about $L / 2$ times over the batches, which are
+    iterated anew for each layer.
+
+    Args:
+      model: a Linen module, or an NNX module, in evaluation mode; it is not changed.
+      params: the parameters: of Linen ``variables["params"]``; of NNX None for the model's own, or
+        ``nnx.state(model, nnx.Param)``, which is also what `LayersResult.params` is like:
+        ``nnx.update(model, result.params)``.
+      batches: an iterable of the arguments of the call: for each batch a tuple or list of them, or
+        a single one. An iterator is read into a list first.
+      sparsity: as `prune_layer` takes it, for each layer; or a mapping of patterns (``re.search``
+        on paths) to sparsities, of which the first match counts, and kernels that match none are
+        not pruned.
+      variables: Linen's other collections, such as ``batch_stats``.
+      call: how the model is called: the name of a method, or a function of the module and the
+        arguments, ``lambda module, x: module(x, train=False)``; by default ``module(*arguments)``.
+      method: as `prune_layer` takes it, like ``update``, ``structure``, ``damping``,
+        ``block_size`` and ``order``.
+      update: see ``method``.
+      structure: see ``method``.
+      mask: a tree of bool like ``params``, False for weights that are pruned in any case.
+      select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
+      damping: see ``method``.
+      block_size: see ``method``.
+      order: see ``method``.
+      progress: whether a progress bar is shown, by tqdm where that is installed.
+
+    Returns:
+      The pruned parameters, their mask, the layers with their errors, and those not seen.
+
+    Raises:
+      ValueError: if an option is out of range, nothing can be pruned, a pattern matches nothing,
+        or inputs of a layer are not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> from curvax import pruning
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> inputs = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> params = model.init(jax.random.key(1), inputs)["params"]
+      >>> result = pruning.prune_layers(model, params, [inputs[:32], inputs[32:]], 0.5)
+      >>> [(layer.path, layer.sparsity) for layer in result.layers]
+      [('layers_0/kernel', 0.5), ('layers_2/kernel', 0.5)]
+
+    References:
+      Frantar and Alistarh, [SparseGPT](https://arxiv.org/abs/2301.00774), 2023.
+    """
+    options = LayerOptions(method, update, structure, damping, block_size, order)
+    options.check()
+    walked, tree = _model_and_params(model, params, variables, call)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    targets = _targets(tree, select, sparsity)
+    leaves = _Leaves(tree, mask)
+    calls = walked.calls(
+        tree, _first(batches), {path: leaves.params[path].shape for path in targets}
+    )
+    groups = _groups(calls.seen)
+    reasons = _reasons(targets, calls)
+    for first in (call for group in groups for call in group):
+        check_layer(
+            first.path,
+            leaves.params[first.path],
+            targets[first.path],
+            options,
+            first.reader.layout,
+            leaves.given(first.path),
+        )
+    layers: list[PrunedLayer] = []
+    with progress_bar(len(groups), "layers", progress) as advance:
+        for group in groups:
+            grams = _grams(walked, leaves.params_tree(), batches, [c.path for c in group], reasons)
+            for path, reader, _ in (call for call in group if call.path in grams):
+                kernel, kept, gram = leaves.params[path], leaves.given(path), grams[path]
+                result = pruned_layer(kernel, gram, targets[path], options, reader.layout, kept)
+                leaves.put(path, result)
+                layers.append(_pruned(path, result, len(gram.matrix)))
+            advance()
+    unseen = tuple(Skipped(path, reason) for path, reason in reasons.items())
+    _warn(layers, unseen)
+    return LayersResult(leaves.params_tree(), leaves.mask_tree(), tuple(layers), unseen)
+
+
+class _Leaves:
+    """The parameters and their mask, by path, while layers are pruned."""
+
+    def __init__(self, params: PyTree, mask: PyTree | None) -> None:
+        self._treedef = jax.tree.structure(params)
+        self.params: dict[str, Any] = dict(named_leaves(params))
+        check_mask(mask, params)
+        self._given = {} if mask is None else dict(named_leaves(mask))
+        self._mask: dict[str, jax.Array] = {
+            path: jnp.asarray(self._given.get(path, True)) for path in self.params
+        }
+
+    def given(self, path: str) -> Any | None:
+        kept = self._given.get(path)
+        return None if kept is None else jnp.broadcast_to(kept, self.params[path].shape)
+
+    def put(self, path: str, result: LayerResult) -> None:
+        self.params[path], self._mask[path] = result.kernel, result.mask
+
+    def params_tree(self) -> PyTree:
+        return jax.tree.unflatten(self._treedef, self.params.values())
+
+    def mask_tree(self) -> PyTree:
+        return jax.tree.unflatten(self._treedef, self._mask.values())
+
+
+def _model_and_params(
+    model: Any, params: PyTree | None, variables: Mapping[str, Any] | None, call: Any
+) -> tuple[Model, PyTree]:
+    import flax.linen as nn
+    from flax import nnx
+
+    if isinstance(model, nn.Module):
+        if params is None:
+            raise ValueError('params of a Linen module must be given: variables["params"].')
+        warn_of_batch_stats(params)
+        return LinenModel(model, variables or {}, call), params
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"model must be a module of Flax, Linen or NNX, got {type(model)!r}: prune_layer takes "
+            "the kernel and the inputs of a layer of any other."
+        )
+    if variables is not None:
+        raise ValueError("variables belong to Linen; an NNX module holds its own: leave them out.")
+    walked = NNXModel(model, call)
+    return walked, walked.params() if params is None else params
+
+
+def _first(batches: Iterable[Any]) -> Arguments:
+    for batch in batches:
+        return _arguments(batch)
+    raise ValueError("batches are empty: give at least one, the arguments of the model's call.")
+
+
+def _arguments(batch: Any) -> Arguments:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _targets(params: PyTree, select: Select, sparsity: LayerSparsities) -> dict[str, float | None]:
+    """The sparsity of each leaf that is to be pruned, by path."""
+    paths = [path for path, leaf in named_leaves(params) if leaf.size and select(path, leaf)]
+    patterns = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+    for pattern, value in patterns.items():
+        if value is not None:
+            name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
+            check_range(name, value, low=0.0, high=1.0, open_high=True)
+    matches = {path: next((p for p in patterns if re.search(p, path)), None) for path in paths}
+    for pattern in patterns:
+        if pattern not in matches.values():
+            raise ValueError(
+                f"sparsity[{pattern!r}] matches no selected leaf, or only leaves that earlier "
+                f"patterns match; the selected leaves are: {', '.join(paths) or 'none'}."
+            )
+    return {path: patterns[match] for path, match in matches.items() if match is not None}
+
+
+def _groups(calls: list[Call]) -> list[list[Call]]:
+    """The first call of each layer; those one after the other on the same inputs together."""
+    counts = collections.Counter(call.path for call in calls)
+    groups: list[list[Call]] = []
+    done: set[str] = set()
+    for call in calls:
+        if call.path in done:
+            continue
+        done.add(call.path)
+        last = groups[-1][-1] if groups else None
+        alike = last is not None and last.inputs is call.inputs
+        if alike and last is not None and counts[last.path] == counts[call.path] == 1:
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+    return groups
+
+
+def _reasons(targets: Iterable[str], calls: Calls) -> dict[str, str]:
+    """Why layers are not seen, by path."""
+    seen = {call.path for call in calls.seen}
+    unknown = "no layer of Flax is called that has it as its kernel"
+    reasons = {path: calls.reasons.get(path, unknown) for path in targets if path not in seen}
+    if not seen:
+        listed = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+        raise ValueError(
+            f"the inputs of none of the selected layers can be taken ({listed}): give prune_layer "
+            "the kernels and their inputs, or choose other layers with select."
+        )
+    return reasons
+
+
+def _grams(
+    model: Model, params: PyTree, batches: Iterable[Any], paths: list[str], reasons: dict[str, str]
+) -> dict[str, InputGram]:
+    """The Gram matrices of layers that are called together; an entry of ``reasons`` for others."""
+    totals: dict[str, Sums] = {}
+    rows = 0
+    for batch in batches:
+        sums = model.sums(params, _arguments(batch), tuple(paths))
+        totals = _added(totals, sums) if totals else sums
+        rows += int(sums[paths[0]].num_rows)
+    grams = {}
+    for path, total in totals.items():
+        if not bool(jnp.isfinite(jnp.trace(total.gram))):
+            raise ValueError(
+                f"the inputs of {path} must be finite, got NaN or infinity: look at the batches, "
+                "and at what overflows before that layer."
+            )
+        if float(total.mismatch) > _LARGEST_MISMATCH:
+            reasons[path] = "it computes with a kernel derived from the parameter"
+        else:
+            grams[path] = InputGram(total.gram / rows, rows)
+    return grams
+
+
+@jax.jit
+def _added(first: dict[str, Sums], second: dict[str, Sums]) -> dict[str, Sums]:
+    return {path: sums.plus(second[path]) for path, sums in first.items()}
+
+
+def _pruned(path: str, result: LayerResult, features: int) -> PrunedLayer:
+    kept = int(np.count_nonzero(result.mask))
+    return PrunedLayer(path, result.mask.size, kept, result.error, result.num_rows, features)
+
+
+def _warn(layers: list[PrunedLayer], unseen: tuple[Skipped, ...]) -> None:
+    """One warning for the layers that were not pruned, one for those with few inputs."""
+    if unseen:
+        listed = "; ".join(f"{layer.path}: {layer.reason}" for layer in unseen)
+        warnings.warn(
+            f"{len(unseen)} selected kernels were not pruned ({listed}): give prune_layer the "
+            "kernels and their inputs, or leave them out with select.",
+            stacklevel=3,
+        )
+    few = [layer for layer in layers if layer.num_rows < layer.num_features]
+    if few:
+        listed = ", ".join(f"{x.path}: {x.num_rows} for {x.num_features}" for x in few)
+        warnings.warn(
+            f"layers have fewer rows of inputs than features ({listed}): the kept weights are "
+            "fitted to these few, and damping decides what they leave open; give more batches.",
+            stacklevel=3,
+        )
