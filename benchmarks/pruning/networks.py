@@ -1,7 +1,8 @@
 """The networks that are pruned: trained once for each seed, and kept in build/pruning."""
 
+import itertools
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,40 +12,36 @@ import numpy as np
 import optax
 from models_flax import ResNet20
 from timing import tqdm
-
 from training.loop import order_of_examples
 from training.tasks import images, language, translation
 from training.tasks.task import Batch, Numbers, PyTree, Task, Variables, mean_loss
+
+from curvax import pruning
 
 FOLDER = Path(__file__).parents[2] / "build" / "pruning"
 
 
 class Recipe(NamedTuple):
-    """How a network is made, and by which optimizer it is trained.
+    """How a network is made and trained, and how much of its data pruning sees.
 
     Attributes:
       make: ``data directory -> Task``.
-      rate: the peak of the learning rate.
-      evaluated: ``params, statistics, inputs -> outputs`` in evaluation mode; None where that is
-        the task's own ``apply`` without noise.
+      rate: the peak of the learning rate, of AdamW.
+      batch_size: the number of examples behind one gradient.
+      calibration: the number of examples whose inputs each layer sees.
     """
 
     make: Callable[[Path], Task]
     rate: float
-    evaluated: Callable[[PyTree, PyTree, Any], jax.Array] | None = None
-
-
-def _resnet_evaluated(params: PyTree, statistics: PyTree, inputs: Any) -> jax.Array:
-    variables = {"params": params, "batch_stats": statistics}
-    outputs: jax.Array = ResNet20(train=False).apply(variables, inputs)
-    return outputs
+    batch_size: int
+    calibration: int
 
 
 RECIPES = {
-    "cifar-resnet": Recipe(partial(images.cifar_resnet, "pruning"), 3e-3, _resnet_evaluated),
-    "fashion-resnet": Recipe(images.fashion_resnet, 3e-3, _resnet_evaluated),
-    "shakespeare": Recipe(partial(language.shakespeare, "pruning"), 2e-3),
-    "multi30k": Recipe(partial(translation.multi30k, "pruning"), 2e-3),
+    "cifar-resnet": Recipe(partial(images.cifar_resnet, "pruning"), 3e-3, 16, 1024),
+    "fashion-resnet": Recipe(images.fashion_resnet, 3e-3, 16, 1024),
+    "shakespeare": Recipe(partial(language.shakespeare, "pruning"), 2e-3, 8, 256),
+    "multi30k": Recipe(partial(translation.multi30k, "pruning"), 2e-3, 16, 1024),
 }
 
 
@@ -55,25 +52,49 @@ class Network:
         self.name, self.recipe = name, RECIPES[name]
         self.task = self.recipe.make(data_dir)
 
-    def outputs(self, params: PyTree, statistics: PyTree, inputs: Any) -> jax.Array:
-        """The outputs in evaluation mode."""
-        if self.recipe.evaluated is not None:
-            return self.recipe.evaluated(params, statistics, inputs)
-        return self.task.apply(params, inputs, statistics, jax.random.key(0))[0]
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there is batch normalization."""
+        return self.name.endswith("resnet")
+
+    def variables(self, params: PyTree, statistics: PyTree) -> dict[str, PyTree]:
+        """What the module is applied to."""
+        return {"params": params} | ({"batch_stats": statistics} if statistics else {})
 
     def loss(self, params: PyTree, statistics: PyTree, inputs: Any, targets: Any) -> jax.Array:
         """The mean loss of a batch in evaluation mode."""
-        return mean_loss(self.task.loss, self.outputs(params, statistics, inputs), targets)
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        outputs = self.task.model.apply(self.variables(params, statistics), *inputs)
+        return mean_loss(self.task.loss, outputs, targets)
+
+    def reestimated(self, params: PyTree, statistics: PyTree, seed: int) -> PyTree:
+        """The statistics of batch normalization for other weights, from 2048 images."""
+        if not self.has_statistics:
+            return statistics
+        images = (inputs for inputs, _ in itertools.islice(self.batches(1000 + seed, 256), 8))
+        return pruning.reestimate_statistics(_new_statistics, params, statistics, images)
+
+    def share_of_zeros(self, params: PyTree) -> float:
+        """Among the weights of kernels."""
+        masks = [mask for mask in jax.tree.leaves(pruning.mask_of_zeros(params)) if mask.ndim]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+
+    def judged(self, params: PyTree, statistics: PyTree, seed: int) -> Numbers:
+        """The numbers on test data, with statistics of the weights as they are."""
+        variables = Variables(params, self.reestimated(params, statistics, seed))
+        return self.task.evaluate(variables, "test")
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """An endless stream of random training batches, not augmented."""
         task, key = self.task._replace(batch_size=size), jax.random.key(seed)
         for number, indices in enumerate(order_of_examples(task, seed)):
             if task.num_examples is None:  # windows of a text
-                keys = jax.random.split(jax.random.fold_in(key, number), -(-size // task.batch_size))
+                keys = jax.random.split(
+                    jax.random.fold_in(key, number), -(-size // task.batch_size)
+                )
                 parts = [self.task.sample(task.data, indices, one) for one in keys]
                 yield jax.tree.map(lambda *x: jnp.concatenate(x)[:size], *parts)
-            elif self.name.endswith("resnet"):  # without augmentation
+            elif self.has_statistics:  # images, without augmentation
                 yield tuple(array[indices] for array in task.data)
             else:
                 yield task.sample(task.data, indices, key)
@@ -113,3 +134,8 @@ class Network:
                 variables, state, next(order), jax.random.fold_in(key, number)
             )
         return variables
+
+
+def _new_statistics(params: PyTree, statistics: PyTree, images: jax.Array) -> PyTree:
+    variables = {"params": params, "batch_stats": statistics}
+    return ResNet20().apply(variables, images, mutable=["batch_stats"])[1]["batch_stats"]

@@ -8,9 +8,9 @@ from curvax.pruning._on_schedule import PruneOnScheduleState, prune_on_schedule
 from curvax.pruning._one_shot import prune_one_shot
 from curvax.pruning._prune import prune
 from curvax.pruning._result import LayerSparsity, PruneResult
-from curvax.pruning._schedules import geometric_sparsities, polynomial_sparsities
 from curvax.pruning._statistics import reestimate_statistics
 from curvax.pruning._structures import NM, OutputUnits, WeightBlocks
+from curvax.pruning._targets import geometric_sparsities, polynomial_sparsities
 from curvax.pruning._weights import Skipped, is_kernel, mask_of_zeros
 from curvax.pruning.layerwise._gram import InputGram, conv_patches, input_gram
 from curvax.pruning.layerwise._layer import LayerResult, prune_layer

@@ -99,13 +99,28 @@ def _lowest_units(scores: np.ndarray, alive: np.ndarray, units: Units, number: i
     members, numbers = units.weights[present], units.numbers[present]
     sizes = np.bincount(numbers)
     means = np.bincount(numbers, weights=scores[members]) / np.maximum(sizes, 1)
-    by_unit = np.split(members[np.argsort(numbers, kind="stable")], np.cumsum(sizes)[:-1])
+    order = np.argsort(np.where(sizes > 0, means, np.inf), kind="stable")
+    order = order[(sizes[order] > 0) & np.isfinite(means[order])]
     flags = np.zeros(len(scores), bool)
-    for unit in np.argsort(np.where(sizes > 0, means, np.inf), kind="stable"):
-        if number < sizes.min(where=sizes > 0, initial=number) or not np.isfinite(means[unit]):
-            break
-        new = by_unit[unit][~flags[by_unit[unit]]]  # of coupled units some may be gone already
+    if len(np.unique(members)) == len(members):
+        flags[members[_that_fit(sizes, order, number)[numbers]]] = True
+        return flags
+    for unit in order:  # of coupled units some weights may be gone already
+        own = members[numbers == unit]
+        new = own[~flags[own]]
         if len(new) <= number:
             flags[new] = True
             number -= len(new)
     return flags
+
+
+def _that_fit(sizes: np.ndarray, order: np.ndarray, number: int) -> np.ndarray:
+    """Whether a unit is taken, of units that share no weights."""
+    taken = np.zeros(len(sizes), bool)
+    while len(order):
+        fitting = order[: np.searchsorted(np.cumsum(sizes[order]), number, side="right")]
+        taken[fitting] = True
+        number -= int(sizes[fitting].sum())
+        rest = order[len(fitting) :]
+        order = rest[sizes[rest] <= number]
+    return taken

@@ -8,9 +8,9 @@ F = \Lambda + \frac1m G^T G = \Lambda^{1/2} \left(I + \hat G^T \hat G\right) \La
 $$
 
 so that in the coordinates $\hat w = \Lambda^{1/2} w$ every formula is that of a damping of one, and
-saliencies are the same. Here $F$ is replaced by its blocks of $B$ consecutive weights, each
-inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$; for the
-whole matrix see `curvax.pruning._full_fisher`. Where some weights, $Q$, are removed and the kept
+saliencies are the same. Either $F$ is replaced by its blocks of $B$ consecutive weights, each
+inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or the
+second of these is summed over all columns. Where some weights, $Q$, are removed and the kept
 ones, $S$, move:
 
 * joint, $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, which minimizes
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.fisher._cholesky import HIGHEST, InverseFactor
+from curvax.fisher._cholesky import HIGHEST, InverseFactor, inverse_factor
 from curvax.fisher.inverse._block_diagonal import (
     apply_inverse,
     combine,
@@ -158,6 +158,64 @@ class BlockFisher(NamedTuple):
         return Answer(vector, int(np.count_nonzero(failed[:: self.block_size])))
 
 
+class FullFisher(NamedTuple):
+    """One matrix of all weights."""
+
+    rows: ScaledRows
+
+    def diagonal(self) -> Answer:
+        factor = self._factor()
+        parts = [np.asarray(_full_diagonal(factor, rows)) for (rows,) in self.rows.chunks()]
+        return Answer(np.concatenate(parts)[: self.rows.size], int(factor.failed))
+
+    def solve(self, vector: np.ndarray) -> Answer:
+        factor = self._factor()
+        inside = _apply(factor, self._dots(vector))
+        rest = vector - self._combine(inside)
+        image = _apply(factor, self._dots(rest) - inside)
+        return Answer(rest - self._combine(image), int(factor.failed))
+
+    def joint(self, removed: np.ndarray, kept: np.ndarray) -> Answer:
+        target = self._dots(removed)
+        if np.count_nonzero(kept) <= self.rows.rows.num_rows:
+            return self._joint_of_few(target, kept)
+        factor = self._factor(kept)
+        changes = self._combine(_apply(factor, target))
+        return Answer(np.where(kept, changes, 0), int(factor.failed))
+
+    def _joint_of_few(self, target: jax.Array, kept: np.ndarray) -> Answer:
+        """From the kept columns alone, where they are no more than the gradients."""
+        chunk = self.rows.rows.width.chunk
+        parts = [
+            np.asarray(rows)[:, np.flatnonzero(kept[index * chunk : (index + 1) * chunk])]
+            for index, (rows,) in enumerate(self.rows.chunks())
+        ]
+        columns = jnp.asarray(np.concatenate(parts, axis=1))
+        factor = _factor(_products(columns.T))
+        changes = np.zeros_like(kept, columns.dtype)
+        changes[kept] = _apply(factor, dot(columns.T, target))
+        return Answer(changes, int(factor.failed))
+
+    def _factor(self, kept: np.ndarray | None = None) -> InverseFactor:
+        flags = np.ones(self.rows.size, bool) if kept is None else kept
+        total = sum(_products(rows * mask) for rows, mask in self.rows.chunks(flags))
+        return _factor(total)
+
+    def _dots(self, vector: np.ndarray) -> jax.Array:
+        return sum(dot(rows, part) for rows, part in self.rows.chunks(vector))
+
+    def _combine(self, weights: jax.Array) -> np.ndarray:
+        parts = [np.asarray(dot(rows.T, weights)) for (rows,) in self.rows.chunks()]
+        return np.concatenate(parts)[: self.rows.size]
+
+
+def fisher_model(rows: ScaledRows, block_size: int | None) -> Model:
+    """In blocks; one block of all weights where these are no more than the gradients."""
+    if block_size is None and rows.size > rows.rows.num_rows:
+        return FullFisher(rows)
+    return BlockFisher(rows, rows.block_size(block_size))
+
+
 @functools.cache
 def in_blocks(kernel: Kernel, size: int) -> Kernel:
     """A kernel of blocks (n, m, B) and (n, B) as one of a chunk (m, n B) and (n B,)."""
@@ -261,3 +319,26 @@ def _guarded(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def _failed(factor: InverseFactor, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(factor.failed[:, jnp.newaxis], like.shape)
+
+
+# Kernels of the whole matrix.
+
+
+@jax.jit
+def _products(rows: jax.Array) -> jax.Array:
+    return jnp.dot(rows, rows.T, precision=HIGHEST)
+
+
+@jax.jit
+def _factor(products: jax.Array) -> InverseFactor:
+    return inverse_factor(products + jnp.eye(len(products), dtype=products.dtype))
+
+
+@jax.jit
+def _apply(factor: InverseFactor, vector: jax.Array) -> jax.Array:
+    return factor.solve(vector[:, jnp.newaxis])[:, 0]
+
+
+@jax.jit
+def _full_diagonal(factor: InverseFactor, rows: jax.Array) -> jax.Array:
+    return guarded_diagonal(factor.matrix, rows, damping=1.0, normalizer=1.0)

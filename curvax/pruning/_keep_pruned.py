@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from curvax._checks import is_traced
 from curvax._trees import PyTree, has_holes, is_hole, is_placeholder, part_like
 from curvax.pruning._masking import masked_arguments, where_kept, zeroing_updates
 from curvax.pruning._weights import check_mask
@@ -90,8 +92,9 @@ def _own(kept: Any, leaf: Any) -> Any:
     """A copy, since donating the state must not delete the caller's mask; True as a scalar."""
     if is_hole(leaf):
         return leaf
-    array = jnp.array(kept)
-    return array if array.ndim or array else jnp.zeros(jnp.shape(leaf), bool)
+    if jnp.ndim(kept) == 0 and (is_traced(kept) or not np.asarray(kept)):
+        return jnp.broadcast_to(jnp.array(kept), jnp.shape(leaf))
+    return jnp.array(kept)
 
 
 def _mask_like(mask: PyTree, params: PyTree) -> PyTree:

@@ -19,8 +19,7 @@ from curvax._trees import (
     varying_like,
 )
 from curvax.pruning._masking import masked_arguments, where_kept, zeroing_updates
-from curvax.pruning._smallest import LARGEST, Pools, ascending, keep_best, share, smallest
-from curvax.pruning._sparsity_targets import (
+from curvax.pruning._plan import (
     Method,
     Plan,
     Rule,
@@ -32,6 +31,7 @@ from curvax.pruning._sparsity_targets import (
     make_plan,
     value_at,
 )
+from curvax.pruning._smallest import LARGEST, Pools, ascending, keep_best, share, smallest
 from curvax.pruning._structures import NM
 from curvax.pruning._targets import Distribution
 from curvax.pruning._weights import is_kernel

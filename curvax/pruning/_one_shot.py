@@ -21,10 +21,8 @@ from curvax.pruning._options import Options, PruneOptions, Storage
 from curvax.pruning._prune import prune_step, width_of
 from curvax.pruning._result import PruneResult, result_of
 from curvax.pruning._rows import DeviceRows, HostRows, Rows
-from curvax.pruning._schedules import geometric_sparsities
-from curvax.pruning._selection import selection_of
-from curvax.pruning._structures import Structure, takes_all
-from curvax.pruning._targets import Pool, Sparsity, pools
+from curvax.pruning._structures import Structure, selection_of, takes_all
+from curvax.pruning._targets import Pool, Sparsity, geometric_sparsities, pools
 from curvax.pruning._weights import Weights
 
 Batches = Iterable[Any] | Callable[[Any], Iterable[Any]]
@@ -103,7 +101,7 @@ def prune_one_shot(
         check_count("num_grads", num_grads)
     checked = Options(**options)
     target = checked.target(sparsity)
-    weights, skipped = selection_of(params, mask, checked)
+    weights, skipped = selection_of(params, mask, checked.select, checked.structure, checked.layout)
     steps = _targets_of_steps(
         weights,
         pools(weights.leaves, target, checked.distribution),

@@ -62,7 +62,7 @@ class Options:
     normalize_scores: bool = False
     structure: Structure | None = None
     layout: Layout = "auto"
-    damping: float = 0.01
+    damping: float = 0.1
     relative_damping: bool = True
     block_size: int | None = 128
     mesh: jax.sharding.Mesh | None = None

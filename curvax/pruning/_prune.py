@@ -12,14 +12,12 @@ from curvax._trees import PyTree, Select, Tree, named_leaves
 from curvax.fisher.inverse._column_blocks import automatic_mesh
 from curvax.fisher.inverse._input import checked_leaves
 from curvax.pruning._choice import weights_to_prune
-from curvax.pruning._fisher import ScaledRows
-from curvax.pruning._full_fisher import fisher_model
+from curvax.pruning._fisher import ScaledRows, fisher_model
 from curvax.pruning._options import Method, Options, Update
 from curvax.pruning._result import PruneResult, result_of
 from curvax.pruning._rows import DeviceRows, HostRows, Rows, Width
 from curvax.pruning._scores import model_free_scores, scores_of
-from curvax.pruning._selection import selection_of
-from curvax.pruning._structures import Structure
+from curvax.pruning._structures import Structure, selection_of
 from curvax.pruning._targets import Distribution, Pool, Sparsity, pools
 from curvax.pruning._weights import Weights, is_kernel
 
@@ -38,7 +36,7 @@ def prune(
     normalize_scores: bool = False,
     structure: Structure | None = None,
     layout: Layout = "auto",
-    damping: float = 0.01,
+    damping: float = 0.1,
     relative_damping: bool = True,
     block_size: int | None = 128,
     fisher_diag: PyTree | None = None,
@@ -145,7 +143,7 @@ def prune(
         key=key,
     )
     target = options.target(sparsity)
-    weights, skipped = selection_of(params, mask, options)
+    weights, skipped = selection_of(params, mask, select, structure, layout)
     rows = None
     if grads is not None:
         rows = rows_of(weights, grads, params, options)

@@ -1,4 +1,4 @@
-"""The units of pruning: single weights, blocks of them, whole outputs; or N of M kept."""
+"""The units of pruning, and the leaves that hold them: N of M, blocks of weights, whole outputs."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from curvax._checks import check_count
-from curvax._layouts import KernelLayout
-from curvax.pruning._weights import Leaf
+from curvax._layouts import KernelLayout, Layout
+from curvax._trees import PyTree, Select
+from curvax.pruning._weights import Leaf, Skipped, Weights, chosen_leaves
 
 _READS = ":in"
 
@@ -108,6 +109,36 @@ def why_unfit(leaf: Leaf, structure: Structure | None) -> str | None:
     if isinstance(structure, WeightBlocks):
         return _indivisible(leaf, _block_axes(layout), _sides(structure))
     return None
+
+
+def selection_of(
+    params: PyTree,
+    mask: PyTree | None,
+    select: Select,
+    structure: Structure | None,
+    layout: Layout,
+) -> tuple[Weights, tuple[Skipped, ...]]:
+    """The weights to prune, and the chosen leaves that the structure passes over."""
+    if isinstance(structure, OutputUnits) and structure.coupled:
+        paths = structure.paths()
+        chosen = chosen_leaves(params, lambda path, _: path in paths, layout)
+        if missing := paths - {leaf.path for leaf in chosen}:
+            raise ValueError(
+                f"OutputUnits(coupled=...) names leaves that params do not have: {sorted(missing)}."
+            )
+    else:
+        chosen = chosen_leaves(params, select, layout)
+    reasons = [why_unfit(leaf, structure) for leaf in chosen]
+    skipped = tuple(
+        Skipped(leaf.path, reason)
+        for leaf, reason in zip(chosen, reasons, strict=True)
+        if reason is not None
+    )
+    fitting = tuple(leaf for leaf, reason in zip(chosen, reasons, strict=True) if reason is None)
+    if not fitting:
+        listed = "; ".join(f"{leaf.path}: {leaf.reason}" for leaf in skipped)
+        raise ValueError(f"no chosen leaf can hold {structure}: {listed}.")
+    return Weights.of(params, mask, fitting), skipped
 
 
 class Units(NamedTuple):

@@ -19,6 +19,8 @@ from curvax._checks import check_like
 from curvax._layouts import KernelLayout, Layout, is_no_kernel, kernel_layout
 from curvax._trees import PyTree, Select, Tree, named_leaves, path_name, shape_of, widen
 
+_MANY_ZEROS = 0.2  # of weights: an earlier pruning left them
+
 
 def is_kernel(path: str, leaf: Any) -> bool:
     """Whether a leaf is a kernel, as published: not a bias, a norm's scale or an embedding.
@@ -167,7 +169,7 @@ class Weights:
             ]
             raise ValueError(f"params must be finite: NaN or infinity at {', '.join(bad)}.")
         zeros = float(np.mean(self.values == 0))
-        if not has_mask and zeros >= 0.05:
+        if not has_mask and zeros >= _MANY_ZEROS:
             warnings.warn(
                 f"{zeros:.0%} of the weights to prune are zero already, and without a mask they "
                 "count as unpruned: pass mask=curvax.pruning.mask_of_zeros(params) if an earlier "

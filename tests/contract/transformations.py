@@ -51,6 +51,19 @@ def keep_pruned(params, **options):
     return pruning.keep_pruned(mask_of(params), curvax.adahessian(**options))
 
 
+def prune_on_schedule(params, **options):
+    """From the fourth step on a half of what is not a scalar is gone."""
+    del params
+    sparsity = optax.linear_schedule(0.0, 0.5, 4)
+    return pruning.prune_on_schedule(
+        sparsity,
+        curvax.adahessian(learning_rate=0.1),
+        update_interval=2,
+        select=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.floating),
+        **options,
+    )
+
+
 def track_sharpness(params, **options):
     del params
     return spectrum.track_sharpness(**options, update_interval=2, num_matvecs=2)
@@ -79,6 +92,8 @@ TRANSFORMATIONS = (
     Transformation("mfac", mfac, {**RATE, "damping": 0.1}, flattens=True),
     Transformation("keep_pruned", keep_pruned, RATE),
     Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p))),
+    Transformation("prune_on_schedule", prune_on_schedule),
+    Transformation("prune_on_schedule-random", lambda p: prune_on_schedule(p, method="random")),
     Transformation("track_sharpness", track_sharpness, RATE),
     Transformation(
         "track_sharpness-outside",

@@ -117,7 +117,9 @@ def test_low_precision_inputs_are_summed_in_float32():
 @pytest.mark.parametrize("block_size", [1, 4, 6, 12])
 def test_obs_is_the_published_loop(block_size):
     kernel, inputs = problem()
-    result = pruning.prune_layer(kernel, inputs, 0.6, damping=DAMPING, block_size=block_size)
+    result = pruning.prune_layer(
+        kernel, inputs, 0.6, damping=DAMPING, update="sweep", block_size=block_size
+    )
     choose = lowest_share_of_blocks(0.6, block_size)
     weights, pruned = sparse_gpt(kernel, inputs, choose)
     np.testing.assert_array_equal(result.mask, ~pruned)
@@ -128,7 +130,13 @@ def test_obs_is_the_published_loop(block_size):
 def test_obs_with_n_of_m_is_the_published_loop(n, m):
     kernel, inputs = problem()
     result = pruning.prune_layer(
-        kernel, inputs, None, structure=pruning.NM(n, m), damping=DAMPING, block_size=5
+        kernel,
+        inputs,
+        None,
+        structure=pruning.NM(n, m),
+        damping=DAMPING,
+        update="sweep",
+        block_size=5,
     )
     weights, pruned = sparse_gpt(kernel, inputs, lowest_of_groups(n, m))
     np.testing.assert_array_equal(result.mask, ~pruned)
@@ -141,7 +149,13 @@ def test_lazy_blocks_change_nothing(structure):
     mask = np.random.default_rng(1).random(kernel.shape) < 0.5 if structure is None else None
     results = [
         pruning.prune_layer(
-            kernel, inputs, None, mask=mask, structure=structure, block_size=block_size
+            kernel,
+            inputs,
+            None,
+            mask=mask,
+            structure=structure,
+            update="sweep",
+            block_size=block_size,
         )
         for block_size in (4, 32, 36, 128)
     ]

@@ -729,7 +729,7 @@ def test_wrong_arguments_are_errors_at_once(arguments, message):
         ({"select": lambda path, leaf: False}, "select chooses no leaf of params; their paths are"),
         ({"sparsity": {"first": 0.5, "third": 0.1}}, "pattern 'third' .* match no selected leaf"),
         ({"method": "fisher"}, "method='fisher' needs the second moments of first/kernel"),
-        ({"structure": pruning.NM(2, 4)}, "needs a fan-in that 4 divides, got 6 at first/kernel"),
+        ({"structure": pruning.NM(2, 4)}, "needs an axis that 4 divides, got 6 at first/kernel"),
         (
             {"structure": pruning.NM(1, 2), "select": lambda path, leaf: True},
             "first/bias of shape .* read as 'not a kernel'",

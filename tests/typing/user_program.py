@@ -176,7 +176,7 @@ def look_at_the_spectrum(params: Params) -> float:
 def prune_and_fine_tune(params: Params) -> Params:
     grads = pruning.collect_gradients(loss_fn, params, batches(), 4, storage="host")
     assert_type(grads, Params)
-    result = pruning.prune(params, grads, 0.5, method="greedy", block_size=16, block_scope="leaf")
+    result = pruning.prune(params, grads, 0.5, method="greedy", block_size=16)
     assert_type(result.params, Params)
     assert_type(result.mask, Params)
     pruning.prune(params, grads, 0.5, method="woodfisher")  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def prune_and_fine_tune(params: Params) -> Params:
         fine_tune,
         method="obs",
         update="independent",
-        scope="layer",
+        distribution="uniform",
         structure=pruning.NM(2, 4),
         num_grads=4,
     )
@@ -203,7 +203,7 @@ def prune_and_fine_tune(params: Params) -> Params:
         params,
         list(batches()),
         0.5,
-        scope="tree",  # type: ignore[arg-type]
+        distribution="tree",  # type: ignore[arg-type]
     )
     print(gradual.table())
     return gradual.params

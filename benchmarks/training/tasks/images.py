@@ -189,6 +189,7 @@ def _classification(
         loss=curvax.softmax_cross_entropy,
         sample=lambda data, indices, _: (data[0][indices], data[1][indices]),
         evaluate=evaluate,
+        model=evaluated,
         schedule=warmup_cosine,
     )
 

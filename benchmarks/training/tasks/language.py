@@ -73,5 +73,6 @@ def shakespeare(size: str, data_dir: Path) -> Task:
         loss=curvax.softmax_cross_entropy,
         sample=sample,
         evaluate=evaluate,
+        model=model,
         schedule=warmup_cosine,
     )

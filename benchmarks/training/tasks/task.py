@@ -46,6 +46,7 @@ class Task(NamedTuple):
       sample: ``(data, indices, key) -> (inputs, targets)``: a batch, augmented.
       evaluate: ``(variables, split) -> numbers`` on ``"validation"`` or ``"test"`` data.
       schedule: the learning rate's factor at a step, over the run's length: ``(count, steps)``.
+      model: the Flax module in evaluation mode, where pruning needs it.
       scannable: whether an epoch may be one compiled scan on a CPU, whose convolutions are slow
         inside loops.
     """
@@ -64,6 +65,7 @@ class Task(NamedTuple):
     sample: Callable[[PyTree, jax.Array, jax.Array], Batch]
     evaluate: Callable[[Variables, str], Numbers]
     schedule: Callable[[jax.Array, int], jax.Array]
+    model: Any = None
     scannable: bool = True
 
     def mean_loss(

@@ -375,5 +375,6 @@ def multi30k(size: str, data_dir: Path) -> Task:
         loss=curvax.softmax_cross_entropy,
         sample=sample,
         evaluate=evaluation(model.clone(train=False), texts, vocabularies, sizes.length),
+        model=model.clone(train=False),
         schedule=warmup_cosine,
     )

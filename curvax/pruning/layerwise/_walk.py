@@ -117,8 +117,10 @@ def prune_layers(
     calls = walked.calls(
         tree, _first(batches), {path: leaves.params[path].shape for path in targets}
     )
-    groups = _groups(calls.seen)
-    reasons = _reasons(targets, calls)
+    unfit = _unfit(calls.seen, leaves, structure)
+    fitting = [call for call in calls.seen if call.path not in unfit]
+    reasons = _reasons(targets, calls._replace(seen=fitting, reasons={**calls.reasons, **unfit}))
+    groups = _groups(fitting)
     for first in (call for group in groups for call in group):
         check_layer(
             first.path,
@@ -217,6 +219,18 @@ def _targets(params: PyTree, select: Select, sparsity: LayerSparsities) -> dict[
                 f"patterns match; the selected leaves are: {', '.join(paths) or 'none'}."
             )
     return {path: patterns[match] for path, match in matches.items() if match is not None}
+
+
+def _unfit(calls: list[Call], leaves: _Leaves, structure: NM | None) -> dict[str, str]:
+    """Why the groups of N:M do not fill layers, by path."""
+    if structure is None:
+        return {}
+    sizes = {c.path: leaves.params[c.path].shape[c.reader.layout.fan_in[-1]] for c in calls}
+    return {
+        path: f"{structure.m} does not divide its fan-in of {size}"
+        for path, size in sizes.items()
+        if size % structure.m
+    }
 
 
 def _groups(calls: list[Call]) -> list[list[Call]]:

@@ -1,0 +1,175 @@
+"""The contestants: from a trained network and a target to pruned weights."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from training.tasks.task import PyTree, Variables
+
+from curvax import pruning
+from pruning.networks import Network
+
+
+class Target(NamedTuple):
+    """How much is pruned: a share of the kernels' weights, or N of M.
+
+    Attributes:
+      name: ``"90 %"``, ``"2:4"``.
+      sparsity: the share; None for N:M.
+      structure: None for single weights.
+    """
+
+    name: str
+    sparsity: float | None
+    structure: pruning.NM | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "Target":
+        """From ``"0.9"`` or ``"2:4"``."""
+        if ":" not in name:
+            return cls(f"{float(name):.0%}", float(name))
+        n, m = map(int, name.split(":"))
+        return cls(name, None, pruning.NM(n, m))
+
+
+Method = Callable[[Network, Variables, Target, int], PyTree]
+
+
+def of_weights(**options: Any) -> Method:
+    """A method that sees the weights alone."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+        del network
+        options["key"] = seed
+        return pruning.prune(
+            variables.params, None, target.sparsity, structure=target.structure, **options
+        ).params
+
+    return method
+
+
+def of_gradients(**options: Any) -> Method:
+    """Gradients of the loss; statistics are estimated anew before each recomputation."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+        return pruned_by_gradients(network, variables, target, seed, **options).params
+
+    return method
+
+
+def pruned_by_gradients(
+    network: Network, variables: Variables, target: Target, seed: int, **options: Any
+) -> pruning.PruneResult[PyTree]:
+    examples = network.batches(seed, network.recipe.batch_size)
+    batches = list(itertools.islice(examples, options.get("num_grads", 64)))
+
+    def with_statistics(params: PyTree) -> list[Any]:
+        statistics = network.reestimated(params, variables.statistics, seed)
+        return [(statistics, *batch) for batch in batches]
+
+    return pruning.prune_one_shot(
+        network.loss,
+        variables.params,
+        with_statistics,
+        target.sparsity,
+        structure=target.structure,
+        **options,
+    )
+
+
+def of_layers(**options: Any) -> Method:
+    """Layer by layer, from the inputs of calibration data."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+        return reconstructed(
+            network, variables, seed, target.sparsity, structure=target.structure, **options
+        )
+
+    return method
+
+
+def of_both(**options: Any) -> Method:
+    """The mask from gradients, the kept weights from each layer's outputs."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+        mask = pruned_by_gradients(network, variables, target, seed, **options).mask
+        return reconstructed(network, variables, seed, None, mask=mask)
+
+    return method
+
+
+def in_turn(num_steps: int) -> Method:
+    """Steps of Optimal Brain Surgeon, with the outputs of the dense layers restored after each."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+        batches = list(itertools.islice(network.batches(seed, network.recipe.batch_size), 64))
+
+        def with_statistics(params: PyTree) -> list[Any]:
+            statistics = network.reestimated(params, variables.statistics, seed)
+            return [(statistics, *batch) for batch in batches]
+
+        return pruning.prune_gradually(
+            network.loss,
+            variables.params,
+            with_statistics,
+            pruning.geometric_sparsities(0.0, target.sparsity or 0.5, num_steps),
+            lambda _, mask: reconstructed(network, variables, seed, None, mask=mask),
+            recomputations=1,
+        ).params
+
+    return method
+
+
+def reconstructed(
+    network: Network, variables: Variables, seed: int, sparsity: float | None, **options: Any
+) -> PyTree:
+    size = network.recipe.calibration // 8
+    inputs = [inputs for inputs, _ in itertools.islice(network.batches(seed, size), 8)]
+    collections = {"batch_stats": variables.statistics} if network.has_statistics else {}
+    return pruning.prune_layers(
+        network.task.model,
+        variables.params,
+        inputs,
+        sparsity,
+        variables=collections,
+        **options,
+    ).params
+
+
+PUBLISHED = {
+    "update": "independent",
+    "damping": 1e-5,
+    "relative_damping": False,
+}
+METHODS: dict[str, Method] = {
+    "random": of_weights(method="random"),
+    "magnitude": of_weights(method="magnitude"),
+    "magnitude, uniform": of_weights(method="magnitude", distribution="uniform"),
+    "|w g|": of_gradients(method="saliency", recomputations=1),
+    "diagonal Fisher": of_gradients(method="fisher", recomputations=1),
+    "diagonal Fisher, 16 steps": of_gradients(method="fisher"),
+    "M-FAC as published": of_gradients(**PUBLISHED, recomputations=1),
+    "M-FAC as published, 16 steps": of_gradients(**PUBLISHED),
+    "OBS": of_gradients(recomputations=1),
+    "OBS, 16 steps": of_gradients(),
+    "Wanda": of_layers(method="wanda"),
+    "SparseGPT": of_layers(update="sweep"),
+    "layer by layer": of_layers(),
+    "OBS, 16 steps, then layer by layer": of_both(),
+}
+SETTINGS: dict[str, Method] = {  # of what is measured once, to choose defaults
+    "OBS, 16 steps, damping 1": of_gradients(damping=1.0),
+    "OBS, 16 steps, damping 0.01": of_gradients(damping=0.01),
+    "OBS, 16 steps, blocks of 32": of_gradients(block_size=32),
+    "OBS, 16 steps, blocks of 512": of_gradients(block_size=512),
+    "OBS, 16 steps, whole matrix": of_gradients(block_size=None),
+    "OBS, 4 steps": of_gradients(recomputations=4),
+    "OBS, 4 steps, 256 gradients of examples": of_gradients(
+        recomputations=4, num_grads=256, per_example=True
+    ),
+    "OBS, 4 steps, uniform": of_gradients(recomputations=4, distribution="uniform"),
+    "OBS, 4 steps, then layer by layer": of_both(recomputations=4),
+    "OBS, reconstructed after each of 4 steps": in_turn(4),
+    "layer by layer, damping 0.1": of_layers(damping=0.1),
+    "Wanda, then least squares": of_layers(method="wanda", update="joint"),
+}

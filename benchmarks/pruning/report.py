@@ -1,0 +1,139 @@
+"""Tables and a picture of all finished runs."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pruning.experiment import Cell
+from pruning.methods import METHODS, SETTINGS, Target
+from pruning.networks import RECIPES
+
+RESULTS = Path(__file__).parents[1] / "results" / "pruning"
+PICTURES = Path(__file__).parents[2] / "docs" / "images"
+
+
+class Metric(NamedTuple):
+    """What a table shows of a run."""
+
+    words: str
+    of: Any  # a run's numbers -> a number
+    digits: int
+
+
+METRICS = {
+    "cifar-resnet": Metric("Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1),
+    "fashion-resnet": Metric("Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1),
+    "shakespeare": Metric("Test perplexity of a character", lambda run: np.exp(run["loss"]), 3),
+    "multi30k": Metric("Test BLEU", lambda run: run["bleu"], 1),
+}
+SHOWN = {  # in the picture
+    "magnitude": "#d55e00",
+    "diagonal Fisher, 16 steps": "#e69f00",
+    "M-FAC as published, 16 steps": "#56b4e9",
+    "SparseGPT": "#999999",
+    "layer by layer": "#009e73",
+    "OBS, 16 steps": "#0072b2",
+    "OBS, 16 steps, then layer by layer": "#cc79a7",
+}
+
+Runs = dict[Cell, dict[str, Any]]
+
+
+def read_runs(folder: Path = RESULTS) -> Runs:
+    """The runs of all machines."""
+    runs: Runs = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            runs.setdefault(Cell(*line["key"]), line["run"])
+    return runs
+
+
+def write_report() -> None:
+    """Tables in the results' folder, and the picture of the documentation."""
+    runs = read_runs()
+    (RESULTS / "tables.md").write_text("\n".join(page(runs)) + "\n")
+    plot(runs).savefig(PICTURES / "pruning.png", dpi=150)
+
+
+def page(runs: Runs) -> Iterator[str]:
+    """All tables."""
+    yield "`cd benchmarks; python -m pruning --data-dir DIR`; mean ± deviation over seeds."
+    for network in RECIPES:
+        own = {cell: run for cell, run in runs.items() if cell.network == network}
+        if own:
+            yield f"\n#### {network}\n"
+            yield from metric_table(own, METRICS[network])
+            yield "\nSeconds, with compilations, and MiB beyond those of the start:\n"
+            yield from cost_table(own)
+
+
+def metric_table(runs: Runs, metric: Metric) -> Iterator[str]:
+    """A row for each method, a column for each target."""
+    values = defaultdict(list)
+    for cell, run in sorted(runs.items()):
+        values[cell.method, cell.target].append(metric.of(run))
+    targets = _targets(runs)
+    dense = next((v for (method, _), v in values.items() if method == "dense"), [])
+    yield f"{metric.words}; of the dense networks {_cell(dense, metric.digits)}.\n"
+    yield "| method | " + " | ".join(Target.of(target).name for target in targets) + " |"
+    yield "| --- |" + " ---: |" * len(targets)
+    for method in (*METHODS, *SETTINGS):
+        cells = [_cell(values.get((method, target), []), metric.digits) for target in targets]
+        if any(cells):
+            yield f"| {method} | " + " | ".join(cells) + " |"
+
+
+def cost_table(runs: Runs) -> Iterator[str]:
+    """The median seconds and the largest memory of each method."""
+    yield "| method | s | MiB |"
+    yield "| --- | ---: | ---: |"
+    for method in (*METHODS, *SETTINGS):
+        own = [run for cell, run in runs.items() if cell.method == method]
+        if own:
+            seconds = np.median([run["seconds"] for run in own])
+            memory = max(run["bytes"] for run in own) / 2**20
+            yield f"| {method} | {seconds:.0f} | {memory:.0f} |"
+
+
+def _targets(runs: Runs) -> list[str]:
+    """Shares first, then N:M."""
+    names = {cell.target for cell in runs if cell.method != "dense"}
+    return sorted(names, key=lambda name: (":" in name, name))
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def plot(runs: Runs) -> Figure:
+    """The metric over sparsity, a panel for each network."""
+    networks = [name for name in RECIPES if any(cell.network == name for cell in runs)]
+    figure = Figure(figsize=(3.6 * len(networks) + 0.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    for axes, network in zip(panels, networks, strict=True):
+        metric = METRICS[network]
+        for method, color in SHOWN.items():
+            points = defaultdict(list)
+            for cell, run in runs.items():
+                if (cell.network, cell.method) == (network, method) and ":" not in cell.target:
+                    points[100 * float(cell.target)].append(metric.of(run))
+            places = sorted(points)
+            means = [np.mean(points[place]) for place in places]
+            axes.plot(places, means, "o-", color=color, label=method, markersize=3)
+        axes.set_title(network, loc="left", fontsize="medium")
+        axes.set_xlabel("sparsity, %")
+        axes.set_ylabel(metric.words)
+        if network == "shakespeare":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize="x-small")
+    return figure
