@@ -43,8 +43,7 @@ bench-mfac: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/mfac_step.py $(ARGS)
 
 bench-pruning: $(VENV)/.benchmarks
-	$(BIN)/python benchmarks/inverse_fisher.py
-	$(BIN)/python benchmarks/pruning.py $(ARGS)
+	cd benchmarks && ../$(BIN)/python -m sparsity $(ARGS)
 
 bench-spectrum: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/spectrum.py $(ARGS)

@@ -1,11 +1,11 @@
 """Prunes trained networks by every method, and shows what is left of them.
 
-    cd benchmarks; python -m pruning --data-dir DIR
-    python -m pruning --networks shakespeare --targets 0.5 2:4 --seeds 1
-    python -m pruning --report
+    cd benchmarks; python -m sparsity --data-dir DIR
+    python -m sparsity --networks shakespeare --targets 0.5 2:4 --seeds 1
+    python -m sparsity --report
 
 A network is trained once for each seed and kept in build/pruning. Finished runs are kept in
-benchmarks/results/pruning, those of all machines together, so that an interrupted benchmark goes
+benchmarks/results/sparsity, those of all machines together, so that an interrupted benchmark goes
 on; tables and pictures of all of them are written there at the end.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import timing
 from timing import tqdm
 
-from pruning.experiment import Cell, run
-from pruning.methods import METHODS, SETTINGS
-from pruning.networks import RECIPES, Network
-from pruning.report import RESULTS, read_runs, write_report
+from sparsity.experiment import Cell, run
+from sparsity.methods import METHODS, SETTINGS
+from sparsity.networks import RECIPES, Network
+from sparsity.report import RESULTS, read_runs, write_report
 
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "0.98", "2:4", "4:8")
 

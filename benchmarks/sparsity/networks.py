@@ -45,6 +45,10 @@ RECIPES = {
 }
 
 
+def _as_it_is(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return tx
+
+
 class Network:
     """A task's network, its training, and its loss in evaluation mode."""
 
@@ -79,10 +83,10 @@ class Network:
         masks = [mask for mask in jax.tree.leaves(pruning.mask_of_zeros(params)) if mask.ndim]
         return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
 
-    def judged(self, params: PyTree, statistics: PyTree, seed: int) -> Numbers:
+    def judged(self, variables: Variables, seed: int) -> Numbers:
         """The numbers on test data, with statistics of the weights as they are."""
-        variables = Variables(params, self.reestimated(params, statistics, seed))
-        return self.task.evaluate(variables, "test")
+        statistics = self.reestimated(*variables, seed)
+        return self.task.evaluate(variables._replace(statistics=statistics), "test")
 
     def batches(self, seed: int, size: int) -> Iterator[Batch]:
         """An endless stream of random training batches, not augmented."""
@@ -107,14 +111,23 @@ class Network:
         if not path.exists():
             FOLDER.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new.npz")
-            np.savez(aside, *jax.tree.leaves(self._train(initial, seed)))
+            final = self.tuned(initial, seed, self.task.steps, self.recipe.rate)
+            np.savez(aside, *jax.tree.leaves(final))
             aside.replace(path)
         with np.load(path) as arrays:
             return treedef.unflatten(jnp.asarray(arrays[f"arr_{k}"]) for k in range(len(leaves)))
 
-    def _train(self, variables: Variables, seed: int) -> Variables:
+    def tuned(
+        self,
+        variables: Variables,
+        seed: int,
+        steps: int,
+        rate: float,
+        wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _as_it_is,
+    ) -> Variables:
+        """So many steps of AdamW, perhaps wrapped, from ``variables`` on."""
         task = self.task
-        tx = optax.adamw(lambda count: self.recipe.rate * task.schedule(count, task.steps))
+        tx = wrap(optax.adamw(lambda count: rate * task.schedule(count, steps)))
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(variables: Variables, state: PyTree, indices: jax.Array, key: jax.Array) -> Any:
@@ -127,9 +140,10 @@ class Network:
             params = optax.apply_updates(variables.params, updates)
             return Variables(params, statistics), state, loss
 
+        variables = jax.tree.map(jnp.array, variables)
         state, key = tx.init(variables.params), jax.random.key(seed)
         order = order_of_examples(task, seed)
-        for number in tqdm(range(task.steps), desc=f"training {self.name}, seed {seed}"):
+        for number in tqdm(range(steps), desc=f"{self.name}, seed {seed}", leave=False):
             variables, state, _ = step(
                 variables, state, next(order), jax.random.fold_in(key, number)
             )

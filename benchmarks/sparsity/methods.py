@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optax
 from training.tasks.task import PyTree, Variables
 
 from curvax import pruning
-from pruning.networks import Network
+from sparsity.networks import Network
 
 
 class Target(NamedTuple):
@@ -32,18 +33,23 @@ class Target(NamedTuple):
         return cls(name, None, pruning.NM(n, m))
 
 
-Method = Callable[[Network, Variables, Target, int], PyTree]
+Method = Callable[[Network, Variables, Target, int], Variables]
 
 
 def of_weights(**options: Any) -> Method:
     """A method that sees the weights alone."""
 
-    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
         del network
-        options["key"] = seed
-        return pruning.prune(
-            variables.params, None, target.sparsity, structure=target.structure, **options
-        ).params
+        result = pruning.prune(
+            variables.params,
+            None,
+            target.sparsity,
+            structure=target.structure,
+            key=seed,
+            **options,
+        )
+        return variables._replace(params=result.params)
 
     return method
 
@@ -51,8 +57,9 @@ def of_weights(**options: Any) -> Method:
 def of_gradients(**options: Any) -> Method:
     """Gradients of the loss; statistics are estimated anew before each recomputation."""
 
-    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
-        return pruned_by_gradients(network, variables, target, seed, **options).params
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
+        result = pruned_by_gradients(network, variables, target, seed, **options)
+        return variables._replace(params=result.params)
 
     return method
 
@@ -80,7 +87,7 @@ def pruned_by_gradients(
 def of_layers(**options: Any) -> Method:
     """Layer by layer, from the inputs of calibration data."""
 
-    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
         return reconstructed(
             network, variables, seed, target.sparsity, structure=target.structure, **options
         )
@@ -91,7 +98,7 @@ def of_layers(**options: Any) -> Method:
 def of_both(**options: Any) -> Method:
     """The mask from gradients, the kept weights from each layer's outputs."""
 
-    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
         mask = pruned_by_gradients(network, variables, target, seed, **options).mask
         return reconstructed(network, variables, seed, None, mask=mask)
 
@@ -101,39 +108,92 @@ def of_both(**options: Any) -> Method:
 def in_turn(num_steps: int) -> Method:
     """Steps of Optimal Brain Surgeon, with the outputs of the dense layers restored after each."""
 
-    def method(network: Network, variables: Variables, target: Target, seed: int) -> PyTree:
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
         batches = list(itertools.islice(network.batches(seed, network.recipe.batch_size), 64))
 
         def with_statistics(params: PyTree) -> list[Any]:
             statistics = network.reestimated(params, variables.statistics, seed)
             return [(statistics, *batch) for batch in batches]
 
-        return pruning.prune_gradually(
+        result = pruning.prune_gradually(
             network.loss,
             variables.params,
             with_statistics,
             pruning.geometric_sparsities(0.0, target.sparsity or 0.5, num_steps),
-            lambda _, mask: reconstructed(network, variables, seed, None, mask=mask),
+            lambda _, mask: reconstructed(network, variables, seed, None, mask=mask).params,
             recomputations=1,
-        ).params
+        )
+        return variables._replace(params=result.params)
+
+    return method
+
+
+_STAGES = 3  # of gradual pruning, each with a twelfth of the dense training after it
+
+
+def gradually(**options: Any) -> Method:
+    """In stages on a cubic schedule, fine-tuned after each."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
+        steps = network.task.steps // 12
+        sparsities: list[Any] = [None]
+        if target.sparsity is not None:
+            sparsities = pruning.polynomial_sparsities(0.0, target.sparsity, _STAGES)
+        mask = None
+        for sparsity in sparsities:
+            stage = target._replace(sparsity=sparsity)
+            result = pruned_by_gradients(
+                network, variables, stage, seed, mask=mask, recomputations=4, **options
+            )
+            mask = result.mask
+            variables = network.tuned(
+                variables._replace(params=result.params),
+                seed,
+                steps * _STAGES // len(sparsities),
+                network.recipe.rate / 4,
+                lambda tx, mask=mask: pruning.keep_pruned(mask, tx),
+            )
+        return variables
+
+    return method
+
+
+def on_schedule(**options: Any) -> Method:
+    """Inside the training step, over two thirds of as many steps as `gradually` takes."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
+        steps = network.task.steps // 12 * _STAGES
+        final = 0.5 if target.sparsity is None else target.sparsity
+        sparsity = optax.polynomial_schedule(0.0, final, 3, steps * 2 // 3)
+        interval = max(1, steps // 30)
+        return network.tuned(
+            variables,
+            seed,
+            steps,
+            network.recipe.rate / 4,
+            lambda tx: pruning.prune_on_schedule(
+                sparsity, tx, update_interval=interval, structure=target.structure, **options
+            ),
+        )
 
     return method
 
 
 def reconstructed(
     network: Network, variables: Variables, seed: int, sparsity: float | None, **options: Any
-) -> PyTree:
+) -> Variables:
     size = network.recipe.calibration // 8
     inputs = [inputs for inputs, _ in itertools.islice(network.batches(seed, size), 8)]
     collections = {"batch_stats": variables.statistics} if network.has_statistics else {}
-    return pruning.prune_layers(
+    result = pruning.prune_layers(
         network.task.model,
         variables.params,
         inputs,
         sparsity,
         variables=collections,
         **options,
-    ).params
+    )
+    return variables._replace(params=result.params)
 
 
 PUBLISHED = {
@@ -156,6 +216,10 @@ METHODS: dict[str, Method] = {
     "SparseGPT": of_layers(update="sweep"),
     "layer by layer": of_layers(),
     "OBS, 16 steps, then layer by layer": of_both(),
+    "gradual, magnitude": gradually(method="magnitude"),
+    "gradual, OBS": gradually(),
+    "on schedule, magnitude": on_schedule(),
+    "on schedule, fisher": on_schedule(method="fisher"),
 }
 SETTINGS: dict[str, Method] = {  # of what is measured once, to choose defaults
     "OBS, 16 steps, damping 1": of_gradients(damping=1.0),

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pruning.methods import METHODS, SETTINGS, Target
-from pruning.networks import Network
+from sparsity.methods import METHODS, SETTINGS, Target
+from sparsity.networks import Network
 
 _PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: 5 sets the peak to what is in use
 
@@ -27,20 +27,19 @@ def run(cell: Cell, network: Network) -> dict[str, Any]:
 
     Seconds hold compilations: a run is what its user waits for.
     """
-    variables = network.trained(cell.seed)
-    params, seconds, memory = variables.params, 0.0, 0
+    variables = pruned = network.trained(cell.seed)
+    seconds, memory = 0.0, 0
     if cell.method != "dense":
         method = {**METHODS, **SETTINGS}[cell.method]
         before = _peak_memory(reset=True)
         start = time.perf_counter()
-        params = jax.block_until_ready(
-            method(network, variables, Target.of(cell.target), cell.seed)
-        )
+        pruned = method(network, variables, Target.of(cell.target), cell.seed)
+        jax.block_until_ready(pruned)
         seconds = time.perf_counter() - start
         memory = _peak_memory() - before
     return {
-        **network.judged(params, variables.statistics, cell.seed),
-        "zeros": network.share_of_zeros(params),
+        **network.judged(pruned, cell.seed),
+        "zeros": network.share_of_zeros(pruned.params),
         "seconds": round(seconds, 2),
         "bytes": memory,
     }

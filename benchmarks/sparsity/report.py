@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pruning.experiment import Cell
-from pruning.methods import METHODS, SETTINGS, Target
-from pruning.networks import RECIPES
+from sparsity.experiment import Cell
+from sparsity.methods import METHODS, SETTINGS, Target
+from sparsity.networks import RECIPES
 
-RESULTS = Path(__file__).parents[1] / "results" / "pruning"
+RESULTS = Path(__file__).parents[1] / "results" / "sparsity"
 PICTURES = Path(__file__).parents[2] / "docs" / "images"
 
 
@@ -62,7 +62,7 @@ def write_report() -> None:
 
 def page(runs: Runs) -> Iterator[str]:
     """All tables."""
-    yield "`cd benchmarks; python -m pruning --data-dir DIR`; mean ± deviation over seeds."
+    yield "`cd benchmarks; python -m sparsity --data-dir DIR`; mean ± deviation over seeds."
     for network in RECIPES:
         own = {cell: run for cell, run in runs.items() if cell.network == network}
         if own:
