@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from sparsity.experiment import Cell
 from sparsity.methods import METHODS, SETTINGS, Target
@@ -113,8 +112,10 @@ def _cell(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def plot(runs: Runs) -> Figure:
-    """The metric over sparsity, a panel for each network."""
+def plot(runs: Runs) -> Any:
+    """The metric over sparsity, a panel for each network: a figure of matplotlib."""
+    from matplotlib.figure import Figure  # where it is drawn
+
     networks = [name for name in RECIPES if any(cell.network == name for cell in runs)]
     figure = Figure(figsize=(3.6 * len(networks) + 0.4, 3.6), layout="constrained")
     panels = figure.subplots(1, len(networks), squeeze=False)[0]

@@ -1,20 +1,19 @@
 r"""The empirical Fisher matrix of the alive weights as a model of the loss.
 
-With a damping $\lambda_i$ of each weight, $\Lambda$ on a diagonal, and $\hat G = G \Lambda^{-1/2} /
-\sqrt m$,
+With the damping $\lambda$ and $\hat G = G / \sqrt{m \lambda}$,
 
 $$
-F = \Lambda + \frac1m G^T G = \Lambda^{1/2} \left(I + \hat G^T \hat G\right) \Lambda^{1/2}
+F = \lambda I + \frac1m G^T G = \lambda \left(I + \hat G^T \hat G\right)
 $$
 
-so that in the coordinates $\hat w = \Lambda^{1/2} w$ every formula is that of a damping of one, and
-saliencies are the same. Either $F$ is replaced by its blocks of $B$ consecutive weights, each
-inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or the
-second of these is summed over all columns. Where some weights, $Q$, are removed and the kept
+so that in the scaled coordinates $\hat w = \sqrt\lambda\, w$ every formula is that of a damping of
+one, and saliencies are the same. Either $F$ is replaced by its blocks of $B$ consecutive weights,
+each inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or
+the second of these is summed over all columns. Where some weights, $Q$, are removed and the kept
 ones, $S$, move:
 
 * joint, $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, which minimizes
-  $\frac12 \delta^T F \delta$: in hatted coordinates
+  $\frac12 \delta^T F \delta$: in scaled coordinates
 
   $$
   \hat\delta_S = \left(I + \hat G_S^T \hat G_S\right)^{-1} \hat G_S^T t
@@ -29,6 +28,7 @@ ones, $S$, move:
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class Model(Protocol):
-    """What pruning asks of a Fisher matrix, in hatted coordinates; vectors are of alive weights."""
+    """What pruning asks of a Fisher matrix, in scaled coordinates; vectors are of alive weights."""
 
     def diagonal(self) -> Answer:
         r"""The diagonal of $(I + \hat G^T \hat G)^{-1}$."""
@@ -75,26 +75,21 @@ class ScaledRows(NamedTuple):
 
     Attributes:
       rows: $G$.
-      damping: $\lambda$ of each alive weight.
+      size: the number of weights.
+      damping: $\lambda$.
     """
 
     rows: Rows
-    damping: np.ndarray
+    size: int
+    damping: float
 
     @classmethod
     def of(cls, rows: Rows, damping: float, *, relative: bool, num_weights: int) -> "ScaledRows":
         """The damping in units of the mean square of the gradients' entries, or as it is."""
-        dtype = rows.chunk(0).dtype
-        ones = np.ones(num_weights, dtype)
         if relative:
-            squares = cls(rows, ones).map(sums_of_squares)
-            scale = float(np.mean(squares, dtype=np.float64))
-            damping *= scale or 1.0
-        return cls(rows, damping * ones)
-
-    @property
-    def size(self) -> int:
-        return len(self.damping)
+            squares = cls(rows, num_weights, 1.0).map(sums_of_squares)
+            damping *= float(np.mean(squares, dtype=np.float64)) or 1.0
+        return cls(rows, num_weights, damping)
 
     def block_size(self, wanted: int | None) -> int:
         """That of blocks; a chunk where there are fewer weights, or they are to be one block."""
@@ -102,8 +97,8 @@ class ScaledRows(NamedTuple):
         return min(wanted or chunk, chunk)
 
     def chunk(self, index: int) -> jax.Array:
-        damping = self.rows.width.put(self.damping, index, fill=1.0)
-        return _scaled(self.rows.chunk(index), damping)
+        scale = 1 / math.sqrt(self.rows.num_rows * self.damping)
+        return _scaled(self.rows.chunk(index), scale)
 
     def chunks(self, *vectors: np.ndarray) -> Iterator[tuple[jax.Array, ...]]:
         """Each chunk, with the same part of the vectors."""
@@ -138,7 +133,7 @@ class BlockFisher(NamedTuple):
     def joint(self, removed: np.ndarray, kept: np.ndarray) -> Answer:
         vectors = removed, kept.astype(removed.dtype)
         few = self._keeps_few(kept)
-        # Not in one program: concurrent batches of LAPACK's threads wait for each other for ever.
+        # Two programs: in one, a CPU runs both at once, and LAPACK's threads wait for each other.
         if few.all():
             return self._map(_joint_of_few, *vectors)
         answer = self._map(_joint_of_many, *vectors)
@@ -246,8 +241,8 @@ def _over_devices(kernel: Kernel, mesh: jax.sharding.Mesh | None) -> Kernel:
 
 
 @jax.jit
-def _scaled(rows: jax.Array, damping: jax.Array) -> jax.Array:
-    return rows * jax.lax.rsqrt(len(rows) * damping)
+def _scaled(rows: jax.Array, scale: Any) -> jax.Array:
+    return rows * scale
 
 
 def sums_of_squares(rows: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """One pruning step: scores, the choice of weights, the update of the others."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -201,23 +202,23 @@ def prune_step(
     scaled = ScaledRows.of(
         rows, options.damping, relative=options.relative_damping, num_weights=len(values)
     )
-    root = np.sqrt(scaled.damping)
-    hatted, model = values * root, fisher_model(scaled, options.block_size)
+    root = values.dtype.type(math.sqrt(scaled.damping))
+    scaled_values, model = values * root, fisher_model(scaled, options.block_size)
     diagonal = functools.cache(model.diagonal)
     if options.method in ("magnitude", "random"):
         scores = model_free_scores(weights, options, number)
     else:
-        scores = scores_of(hatted, scaled, diagonal, options)
+        scores = scores_of(scaled_values, scaled, diagonal, options)
     gone = weights_to_prune(weights, scores, targets, options)
-    change, num_failed = np.zeros_like(hatted), 0
+    change, num_failed = np.zeros_like(scaled_values), 0
     if options.update_of_kept == "joint" and gone.any():
-        change, num_failed = model.joint(np.where(gone, hatted, 0), ~gone)
+        change, num_failed = model.joint(np.where(gone, scaled_values, 0), ~gone)
     elif options.update_of_kept == "independent" and gone.any():
-        solution = model.solve(np.where(gone, hatted / diagonal().vector, 0))
+        solution = model.solve(np.where(gone, scaled_values / diagonal().vector, 0))
         change, num_failed = -solution.vector, solution.num_failed
     if diagonal.cache_info().currsize:
         num_failed = max(num_failed, diagonal().num_failed)
-    products = scaled.products(np.where(gone, -hatted, change))
+    products = scaled.products(np.where(gone, -scaled_values, change))
     predicted = float(products.mean() + (products**2).mean() / 2)
     changes = np.where(gone, -values, change / root)
     return Step(weights.pruned(gone, changes), predicted, num_failed)

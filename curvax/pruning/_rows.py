@@ -56,10 +56,10 @@ class Width(NamedTuple):
             return None
         return jax.NamedSharding(self.mesh, jax.P(*leading, self.mesh.axis_names))
 
-    def put(self, vector: np.ndarray, index: int, fill: float = 0.0) -> jax.Array:
+    def put(self, vector: np.ndarray, index: int) -> jax.Array:
         """A chunk of a vector of alive weights on the devices."""
         part = vector[index * self.chunk : (index + 1) * self.chunk]
-        filled = np.pad(part, (0, self.chunk - len(part)), constant_values=fill)
+        filled = np.pad(part, (0, self.chunk - len(part)))
         return jax.device_put(filled, self.sharding())
 
 

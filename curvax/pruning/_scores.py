@@ -23,23 +23,23 @@ def model_free_scores(weights: Weights, options: Options, step: int) -> np.ndarr
 
 
 def scores_of(
-    hatted: np.ndarray, rows: ScaledRows, diagonal: Callable[[], Answer], options: Options
+    scaled_values: np.ndarray, rows: ScaledRows, diagonal: Callable[[], Answer], options: Options
 ) -> np.ndarray:
     r"""Scores from gradients.
 
     Args:
-      hatted: $\hat w$, the alive weights in the coordinates of `curvax.pruning._fisher`.
+      scaled_values: $\hat w$, the alive weights in the coordinates of `curvax.pruning._fisher`.
       rows: $\hat G$.
       diagonal: the diagonal of the inverse, when it is asked for.
       options: with the method.
     """
     if options.method == "greedy":
-        return greedy_scores(rows, hatted, rows.block_size(options.block_size))
+        return greedy_scores(rows, scaled_values, rows.block_size(options.block_size))
     if options.method == "fisher":
-        return hatted**2 * (1 + rows.map(sums_of_squares)) / 2
+        return scaled_values**2 * (1 + rows.map(sums_of_squares)) / 2
     if options.method == "saliency":
-        return np.abs(hatted * rows.map(_sums))
-    return hatted**2 / (2 * diagonal().vector)
+        return np.abs(scaled_values * rows.map(_sums))
+    return scaled_values**2 / (2 * diagonal().vector)
 
 
 def _sums(rows: jax.Array) -> jax.Array:

@@ -93,11 +93,8 @@ CASES = {
     "independent": {"update": "independent"},
     "greedy": {"method": "greedy"},
     "fisher": {"method": "fisher"},
-    "saliency": {"method": "saliency"},
     "random": {"method": "random", "update": "joint"},
     "n of m": {"structure": pruning.NM(2, 8), "sparsity": None},
-    "blocks of weights": {"structure": pruning.WeightBlocks(4)},
-    "uniform": {"distribution": "uniform"},
     "examples": {"per_example": True},
     "parts of batches": {"micro_batch_size": 3},
     "host": {"storage": "host", "num_grads": 20},
@@ -292,10 +289,9 @@ class TestDevices:
             {"block_size": 128},
             {"block_size": None},
             {"method": "greedy"},
-            {"update": "independent"},
             {"structure": pruning.NM(2, 4), "sparsity": None},
         ],
-        ids=["blocks", "large blocks", "whole matrix", "greedy", "independent", "n of m"],
+        ids=["blocks", "large blocks", "whole matrix", "greedy", "n of m"],
     )
     def test_sharded_params_are_pruned_as_on_one_device(self, kind, options):
         tree, batches = network()

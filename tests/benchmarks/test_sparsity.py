@@ -1,0 +1,93 @@
+"""The pruning benchmark: its contestants, what it keeps of a run, and its tables."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sparsity import networks, report
+from sparsity.experiment import Cell, run
+from sparsity.methods import METHODS, Target
+from training.tasks.task import Task, Variables, warmup_cosine
+
+import curvax
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.tanh(nn.Dense(16)(x)))
+
+
+def tiny_task(_):
+    inputs = jax.random.normal(jax.random.key(0), (64, 8))
+    labels = jnp.argmax(inputs[:, :4], axis=1)
+
+    def evaluate(variables, split):
+        logits = Net().apply({"params": variables.params}, inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return {"loss": float(losses.mean()), "error": float((logits.argmax(1) != labels).mean())}
+
+    return Task(
+        name="tiny",
+        words="a tiny network",
+        metric="loss",
+        data=(inputs, labels),
+        num_examples=64,
+        batch_size=16,
+        steps=60,
+        evaluations=1,
+        init=lambda key: Variables(Net().init(key, inputs)["params"], {}),
+        apply=lambda params, x, statistics, _: (Net().apply({"params": params}, x), statistics),
+        loss=curvax.softmax_cross_entropy,
+        sample=lambda data, indices, _: (data[0][indices], data[1][indices]),
+        evaluate=evaluate,
+        schedule=warmup_cosine,
+        model=Net(),
+    )
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.RECIPES, "tiny", networks.Recipe(tiny_task, 0.02, 4, 64))
+        patch.setattr(networks, "FOLDER", tmp_path_factory.mktemp("networks"))
+        yield networks.Network("tiny", None)
+
+
+@pytest.mark.parametrize("target", ["0.5", "2:4"])
+@pytest.mark.parametrize(
+    "method", ["magnitude", "OBS", "layer by layer", "gradual, magnitude", "on schedule, magnitude"]
+)
+def test_a_contestant_prunes_to_its_target(network, method, target):
+    result = run(Cell("tiny", method, target, 0), network)
+    assert result["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert np.isfinite(result["loss"])
+
+
+def test_a_network_is_trained_once(network):
+    first, second = network.trained(0), network.trained(0)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_targets_are_shares_or_n_of_m():
+    assert Target.of("0.9") == Target("90%", 0.9)
+    assert Target.of("2:4").structure == curvax.pruning.NM(2, 4)
+
+
+def test_a_table_has_the_mean_and_deviation_of_each_method_and_target():
+    runs = {
+        Cell("shakespeare", "dense", "0.5", seed): {"loss": 0.0, "seconds": 0.0, "bytes": 0}
+        for seed in (0, 1)
+    }
+    for seed, loss in enumerate((np.log(2.0), np.log(4.0))):
+        cell = Cell("shakespeare", "magnitude", "0.5", seed)
+        runs[cell] = {"loss": loss, "seconds": 2.0, "bytes": 2**20}
+    lines = list(report.page(runs))
+    assert "| magnitude | 3.000 ± 1.414 |" in lines
+    assert "| magnitude | 2 | 1 |" in lines
+
+
+def test_every_method_has_a_name_of_its_own_in_the_picture():
+    assert set(report.SHOWN) <= set(METHODS)
