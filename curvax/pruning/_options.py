@@ -41,6 +41,7 @@ class PruneOptions(TypedDict, total=False):
 class OneShotOptions(PruneOptions, total=False):
     """What `prune_gradually` passes on to `prune_one_shot`."""
 
+    update: Update | None  # once more: pyright takes an inherited one for the method of dict
     recomputations: int
     num_grads: int | None
     per_example: bool
