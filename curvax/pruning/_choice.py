@@ -19,7 +19,7 @@ def weights_to_prune(
     own[weights.alive] = scores
     spans = weights.spans()
     for span in spans:
-        if options.normalize_scores:
+        if options.normalize_scores and weights.alive[span].any():
             own[span] /= np.mean(own[span], where=weights.alive[span]) or 1.0
         _protect(own[span], options.min_density)
     gone = np.zeros(len(own), bool)
@@ -61,13 +61,17 @@ def _lowest(scores: np.ndarray, number: int) -> np.ndarray:
     """The ``number`` lowest scores; of equal ones, the first."""
     order = np.argsort(scores, kind="stable")[:number]
     if number and not np.isfinite(scores[order[-1]]):
-        raise ValueError(
-            f"min_density keeps more than the sparsity allows: of {number} weights to prune it "
-            f"leaves {np.count_nonzero(np.isfinite(scores))}. Lower one of them."
-        )
+        raise _too_dense(number, int(np.count_nonzero(np.isfinite(scores))))
     flags = np.zeros(len(scores), bool)
     flags[order] = True
     return flags
+
+
+def _too_dense(wanted: int, left: int) -> ValueError:
+    return ValueError(
+        f"min_density keeps more than the sparsity allows: of {wanted} weights to prune it leaves "
+        f"{left}. Lower one of them."
+    )
 
 
 def _in_groups(
@@ -75,11 +79,16 @@ def _in_groups(
 ) -> np.ndarray:
     """Weights outside the best of their group: the ``number`` lowest, or all."""
     candidates = alive & _outside_best(np.where(alive, scores, -np.inf), units, kept)
+    total = int(np.count_nonzero(candidates))
+    wanted = total if number is None else min(number, total)
+    left = int(np.count_nonzero(candidates & np.isfinite(scores)))
+    if left < wanted:
+        raise _too_dense(wanted, left)
     if number is None:
         return candidates
     flags = np.zeros(len(scores), bool)
     order = np.argsort(np.where(candidates, scores, np.inf), kind="stable")
-    flags[order[: min(number, np.count_nonzero(candidates))]] = True
+    flags[order[:wanted]] = True
     return flags
 
 
@@ -106,7 +115,7 @@ def _lowest_units(scores: np.ndarray, alive: np.ndarray, units: Units, number: i
         flags[members[_that_fit(sizes, order, number)[numbers]]] = True
         return flags
     for unit in order:  # of coupled units some weights may be gone already
-        own = members[numbers == unit]
+        own = np.unique(members[numbers == unit])
         new = own[~flags[own]]
         if len(new) <= number:
             flags[new] = True

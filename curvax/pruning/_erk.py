@@ -40,5 +40,6 @@ def erk_densities(
     dense = np.cumsum(size[order]) - size[order]
     rest = np.cumsum((ratio * size)[order][::-1])[::-1]
     factors = (density * size.sum() - dense) / rest
-    fits = jnp.asarray(factors * ratio[order] <= 1).at[-1].set(True)
-    return jnp.clip(jnp.asarray(factors)[jnp.argmax(fits)] * ratio, 0, 1)
+    xp = np if isinstance(factors, np.ndarray) else jnp  # float64, unless the density is traced
+    fits = xp.append(factors[:-1] * ratio[order][:-1] <= 1, True)
+    return xp.clip(factors[xp.argmax(fits)] * ratio, 0, 1)

@@ -11,6 +11,7 @@ import jax
 from curvax._checks import check_count
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Tree
+from curvax.curvature._batches import as_arguments, num_examples
 from curvax.pruning._gradients import (
     GradientOptions,
     collect_gradients,
@@ -161,6 +162,9 @@ class _Source:
         batches = self._batches(params) if callable(self._batches) else self._batches
         number = self._num_grads or _NUM_GRADS
         if self._storage != "device":
+            if self._num_grads is None:
+                batches, number = self._taken(batches)
+                self._check_number(number)
             grads = collect_gradients(
                 self._loss_fn, params, batches, number, storage=self._storage, **self._how._asdict()
             )
@@ -179,6 +183,17 @@ class _Source:
         self._check_number(rows.num_rows)
         rows.check()
         return rows
+
+    def _taken(self, batches: Iterable[Any]) -> tuple[list[Any], int]:
+        """The first batches, read no further than needed, and how many gradients they give."""
+        taken, number = [], 0
+        for batch in batches:
+            taken.append(batch)
+            examples = num_examples(as_arguments(batch), "") if self._how.per_example else 1
+            number += examples or 0
+            if number >= _NUM_GRADS:
+                break
+        return taken, min(number, _NUM_GRADS)
 
     def _check_number(self, found: int) -> None:
         if found < (self._num_grads or 1):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -143,12 +143,17 @@ def prune(
         mesh=mesh,
         key=key,
     )
+    if fisher_diag is not None and (method != "fisher" or grads is not None):
+        raise ValueError(
+            "fisher_diag stands in for the grads of method='fisher', got it with "
+            f"method={method!r} and grads={'None' if grads is None else 'given'}: leave one out."
+        )
     target = options.target(sparsity)
     weights, skipped = selection_of(params, mask, select, structure, layout)
     rows = None
     if grads is not None:
         rows = rows_of(weights, grads, params, options)
-    elif options.needs_grads and (fisher_diag is None or method != "fisher" or update):
+    elif options.needs_grads and (fisher_diag is None or options.update_of_kept != "none"):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
     given = None if fisher_diag is None else _given_diagonal(weights, fisher_diag, params)
     step = prune_step(
@@ -199,6 +204,14 @@ def prune_step(
         )
         gone = weights_to_prune(weights, scores, targets, options)
         return Step(weights.pruned(gone, np.zeros_like(values)), None, 0)
+    with rows.width.context():
+        return _step_with_rows(weights, rows, targets, options, number)
+
+
+def _step_with_rows(
+    weights: Weights, rows: Rows, targets: tuple[Pool, ...], options: Options, number: int
+) -> Step:
+    values = weights.values[weights.alive]
     scaled = ScaledRows.of(
         rows, options.damping, relative=options.relative_damping, num_weights=len(values)
     )
@@ -257,8 +270,7 @@ def _mesh_of(params: PyTree) -> jax.sharding.Mesh | None:
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
-            mesh: Any = sharding.mesh  # of arrays that exist, not an abstract one
-            return automatic_mesh(mesh)
+            return automatic_mesh(sharding.mesh)
     return None
 
 

@@ -5,14 +5,16 @@ sparsity, as published; columns of zeros fill the last chunk. The number of weig
 many chunks there are, and not what is compiled for them.
 """
 
+import contextlib
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._trees import PyTree
+from curvax.fisher.inverse._column_blocks import automatic_mesh
 from curvax.fisher.window._dense import replicated
 from curvax.pruning._weights import Leaf, Weights
 
@@ -55,6 +57,10 @@ class Width(NamedTuple):
         if self.mesh is None:
             return None
         return jax.NamedSharding(self.mesh, jax.P(*leading, self.mesh.axis_names))
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which arrays of the mesh are computed with, whatever mesh the user has set."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def put(self, vector: np.ndarray, index: int) -> jax.Array:
         """A chunk of a vector of alive weights on the devices."""
@@ -103,16 +109,17 @@ class DeviceRows:
         leaves = jax.tree.leaves(gradient)
         chosen = [leaves[leaf.number] for leaf in self._leaves]
         if self.width.mesh is not None:
-            chosen = jax.device_put(chosen, jax.NamedSharding(self.width.mesh, jax.P()))
-        self._buffer, finite = _insert(
-            self._buffer, chosen, self._order, self.num_rows, self._leaves
-        )
+            chosen = [_on_mesh(leaf, self.width.mesh) for leaf in chosen]
+        with self.width.context():
+            self._buffer, finite = _insert(
+                self._buffer, chosen, self._order, self.num_rows, self._leaves
+            )
         self._finite.append(finite)
         self.num_rows += 1
 
     def check(self) -> None:
         """Raises if a gradient is not finite."""
-        finite = np.asarray(jnp.stack(self._finite))
+        finite = np.stack(jax.device_get(self._finite))
         for number, leaf in np.argwhere(~finite)[:1]:
             raise ValueError(
                 f"gradient {number} is not finite at {self._leaves[leaf].path}: check the loss and "
@@ -149,6 +156,17 @@ class HostRows:
                 places = leaf.flat(np.arange(leaf.size).reshape(leaf.shape))
                 filled[:, first:stop] = rows[:, places[chosen[first:stop] - span.start]]
         return jax.device_put(filled, self.width.sharding(None))
+
+
+def _on_mesh(leaf: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The leaf where it lies, with automatic axes; one of other devices on all of the mesh.
+
+    To put a leaf with another sharding on the same devices, JAX would take it to the host.
+    """
+    own = leaf.sharding
+    if isinstance(own, jax.NamedSharding) and own.device_set == set(mesh.devices.flat):
+        return jax.device_put(leaf, jax.NamedSharding(automatic_mesh(own.mesh), own.spec))
+    return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="leaves")

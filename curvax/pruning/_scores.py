@@ -17,7 +17,7 @@ def model_free_scores(weights: Weights, options: Options, step: int) -> np.ndarr
     """Scores that need no gradients: magnitudes, or random ones."""
     if options.method == "random":
         key = jax.random.fold_in(as_key(options.key), step)
-        return np.asarray(jax.random.uniform(key, (weights.number_alive,)))
+        return np.asarray(jax.random.uniform(key, weights.alive.shape))[weights.alive]
     values = weights.values[weights.alive]
     return np.asarray(values**2 / 2)
 

@@ -48,35 +48,47 @@ def reestimate_statistics(
       8.0
     """
     of_batch = compiled_once(_statistics_of_batch, update_statistics)
-    total, number = None, 0
-    for batch in batches:
+    mean = None
+    for number, batch in enumerate(batches, 1):
         own = of_batch(params, statistics, as_arguments(batch))
-        total = own if total is None else jax.tree.map(jnp.add, total, own)
-        number += 1
-    if total is None:
+        mean = own if mean is None else _moved(mean, own, number)
+    if mean is None:
         raise ValueError("batches must hold at least one batch to estimate statistics from.")
     return jax.tree.map(
-        lambda old, new: (
-            jnp.asarray(new / number, jnp.result_type(old)) if is_inexact(old) else old
-        ),
+        lambda old, new: jnp.asarray(new, jnp.result_type(old)) if is_inexact(old) else old,
         statistics,
-        total,
+        mean,
+    )
+
+
+@jax.jit
+def _moved(mean: PyTree, own: PyTree, number: jax.Array) -> PyTree:
+    """The mean of one more; of equal values it is that value, without rounding."""
+    return jax.tree.map(
+        lambda old, new: old + (new - old) / number if is_inexact(old) else old, mean, own
     )
 
 
 def _statistics_of_batch(update_statistics: Callable[..., PyTree]) -> Callable[..., PyTree]:
     @jax.jit
     def of_batch(params: PyTree, statistics: PyTree, arguments: tuple[Any, ...]) -> PyTree:
-        def updated(value: float) -> PyTree:
+        def updated(fill: PyTree) -> PyTree:
             filled = jax.tree.map(
-                lambda leaf: jnp.full_like(leaf, value) if is_inexact(leaf) else leaf, statistics
+                lambda leaf, value: jnp.asarray(value, leaf.dtype) if is_inexact(leaf) else leaf,
+                statistics,
+                fill,
             )
             return update_statistics(params, filled, *arguments)
 
-        def own(old: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-            decay = high - low
+        def own(old: jax.Array, low: jax.Array, scale: jax.Array, high: jax.Array) -> jax.Array:
+            if not is_inexact(old):
+                return old
+            decay = (high - low) / scale
             return jnp.where(decay < 1, low / jnp.where(decay < 1, 1 - decay, 1), old)
 
-        return jax.tree.map(own, statistics, updated(0.0), updated(1.0))
+        low = updated(jax.tree.map(jnp.zeros_like, statistics))
+        # Of the result's size, so that the difference has as many digits as the decay.
+        scale = jax.tree.map(lambda x: 1 + 100 * jnp.abs(x) if is_inexact(x) else x, low)
+        return jax.tree.map(own, statistics, low, scale, updated(scale))
 
     return of_batch

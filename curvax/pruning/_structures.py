@@ -74,6 +74,8 @@ def check_structure(structure: Structure | None) -> None:
         if structure.n > structure.m:
             raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
     if isinstance(structure, WeightBlocks):
+        if len(_sides(structure)) not in (1, 2):
+            raise ValueError(f"WeightBlocks(size) takes one size or two, got {structure}.")
         for size in _sides(structure):
             check_count("size of WeightBlocks(size)", size)
 
@@ -135,6 +137,9 @@ def selection_of(
         if reason is not None
     )
     fitting = tuple(leaf for leaf, reason in zip(chosen, reasons, strict=True) if reason is None)
+    if skipped and isinstance(structure, OutputUnits) and structure.coupled:
+        listed = "; ".join(f"{leaf.path}: {leaf.reason}" for leaf in skipped)
+        raise ValueError(f"leaves of OutputUnits(coupled=...) have no units: {listed}.")
     if not fitting:
         listed = "; ".join(f"{leaf.path}: {leaf.reason}" for leaf in skipped)
         raise ValueError(f"no chosen leaf can hold {structure}: {listed}.")
@@ -168,6 +173,11 @@ def units_of(leaves: Sequence[Leaf], structure: Structure) -> Units:
 
 def _coupled_units(leaves: Sequence[Leaf], starts: list[int], structure: OutputUnits) -> Units:
     by_path = {leaf.path: (leaf, start) for leaf, start in zip(leaves, starts, strict=False)}
+    if missing := structure.paths() - by_path.keys():
+        raise ValueError(
+            "leaves of OutputUnits(coupled=...) lose units together, and need one sparsity for all "
+            f"of them: distribution='global' and no patterns; apart are {sorted(missing)}."
+        )
     weights, numbers, total = [], [], 0
     for group in structure.coupled:
         made = [by_path[name][0] for name in group if not name.endswith(_READS)]

@@ -152,7 +152,7 @@ class Weights:
         """The mask like the params; of other leaves that of ``mask``, or a scalar."""
         leaves, treedef = jax.tree.flatten(params)
         others = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
-        masks = [jnp.asarray(other) for other in others]
+        masks = [_mask_of(*pair) for pair in zip(others, leaves, strict=True)]
         for leaf, span in zip(self.leaves, self.spans(), strict=True):
             masks[leaf.number] = _placed(leaf.restored(self.alive[span]), leaves[leaf.number])
         return jax.tree.unflatten(treedef, masks)
@@ -256,6 +256,13 @@ def _order(layout: KernelLayout | None, rank: int) -> tuple[int, ...]:
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
     """The array on the devices of another, with its sharding."""
     return jax.device_put(array, getattr(like, "sharding", None))
+
+
+def _mask_of(kept: Any, leaf: Any) -> jax.Array:
+    """The mask of a leaf that is not pruned here; a scalar is left for what is kept as a whole."""
+    if shape_of(kept) == () and not kept:
+        return _placed(np.zeros(shape_of(leaf), bool), leaf)
+    return jnp.asarray(kept)
 
 
 def _whole(mask: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -119,7 +119,7 @@ def _spec(array: Any, mesh: jax.sharding.Mesh) -> jax.P:
     return jax.P(mesh.axis_names) if jnp.ndim(array) else jax.P()
 
 
-def automatic_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+def automatic_mesh(mesh: Any) -> jax.sharding.Mesh:
     """The mesh with automatic axes, along which flat columns may be cut anywhere."""
     types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
     return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
