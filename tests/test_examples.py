@@ -86,7 +86,7 @@ def test_pruning_by_curvature_beats_magnitudes(pruning_demo, tmp_path, capsys):
         if line.startswith(("magnitude", "OBS", "layer"))
     }
     at_80 = pruning_demo.SPARSITIES.index(0.8)
-    for name in ("OBS, in steps", "layer by layer", "OBS, then layers"):
+    for name in ("OBS, one step", "OBS, in steps", "OBS, then layers"):
         assert rows[name][at_80] > rows["magnitude"][at_80]
     assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
 

@@ -13,7 +13,8 @@ from sparsity.methods import METHODS, SETTINGS, Target
 from sparsity.networks import RECIPES
 
 RESULTS = Path(__file__).parents[1] / "results" / "sparsity"
-PICTURES = Path(__file__).parents[2] / "docs" / "images"
+DOCS = Path(__file__).parents[2] / "docs"
+MARKS = "<!-- tables of make bench-pruning -->", "<!-- end of the tables -->"
 
 
 class Metric(NamedTuple):
@@ -53,10 +54,24 @@ def read_runs(folder: Path = RESULTS) -> Runs:
 
 
 def write_report() -> None:
-    """Tables in the results' folder, and the picture of the documentation."""
+    """Tables in the results' folder and in the documentation, and its picture."""
     runs = read_runs()
     (RESULTS / "tables.md").write_text("\n".join(page(runs)) + "\n")
-    plot(runs).savefig(PICTURES / "pruning.png", dpi=150)
+    document = DOCS / "pruning.md"
+    document.write_text(with_tables(document.read_text(), runs))
+    plot(runs).savefig(DOCS / "images" / "pruning.png", dpi=150)
+
+
+def with_tables(text: str, runs: Runs) -> str:
+    """A page with the tables of the metrics between its marks."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    tables = [
+        "\n".join(metric_table(own, METRICS[network]))
+        for network in RECIPES
+        if (own := {cell: run for cell, run in runs.items() if cell.network == network})
+    ]
+    return before + "\n\n".join([MARKS[0], *tables, MARKS[1]]) + after
 
 
 def page(runs: Runs) -> Iterator[str]:
@@ -65,7 +80,7 @@ def page(runs: Runs) -> Iterator[str]:
     for network in RECIPES:
         own = {cell: run for cell, run in runs.items() if cell.network == network}
         if own:
-            yield f"\n#### {network}\n"
+            yield ""
             yield from metric_table(own, METRICS[network])
             yield "\nSeconds, with compilations, and MiB beyond those of the start:\n"
             yield from cost_table(own)
@@ -78,7 +93,8 @@ def metric_table(runs: Runs, metric: Metric) -> Iterator[str]:
         values[cell.method, cell.target].append(metric.of(run))
     targets = _targets(runs)
     dense = next((v for (method, _), v in values.items() if method == "dense"), [])
-    yield f"{metric.words}; of the dense networks {_cell(dense, metric.digits)}.\n"
+    (network,) = {cell.network for cell in runs}
+    yield f"**{network}.** {metric.words}; of the dense networks {_cell(dense, metric.digits)}.\n"
     yield "| method | " + " | ".join(Target.of(target).name for target in targets) + " |"
     yield "| --- |" + " ---: |" * len(targets)
     for method in (*METHODS, *SETTINGS):

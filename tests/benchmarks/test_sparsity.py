@@ -91,3 +91,8 @@ def test_a_table_has_the_mean_and_deviation_of_each_method_and_target():
 
 def test_every_method_has_a_name_of_its_own_in_the_picture():
     assert set(report.SHOWN) <= set(METHODS)
+
+
+def test_the_documentation_has_the_tables_of_the_committed_runs():
+    text = (report.DOCS / "pruning.md").read_text()
+    assert report.with_tables(text, report.read_runs()) == text

@@ -503,7 +503,7 @@ def test_nnx_layers_inside_transforms_are_named():
         ({"sparsity": {"tail": 0.5}}, r"sparsity\['tail'\] matches no selected leaf"),
         ({"sparsity": None}, "sparsity=None needs a mask"),
         ({"method": "fisher"}, "method must be one of"),
-        ({"structure": pruning.NM(2, 5), "sparsity": None}, "got 8 at first/kernel"),
+        ({"structure": pruning.NM(2, 5), "sparsity": None}, "first/kernel: 5 does not divide its"),
         ({"select": lambda path, leaf: False}, "the selected leaves are: none"),
         ({"batches": []}, "batches are empty"),
         ({"batches": [jnp.full((9, 8), jnp.nan)]}, "the inputs of first/kernel must be finite"),
@@ -524,3 +524,14 @@ def test_wrong_input_is_refused_with_a_sentence(options, message):
     }
     with pytest.raises(ValueError, match=message):
         pruning.prune_layers(**(arguments | options))
+
+
+def test_layers_that_groups_do_not_fill_are_listed_and_stay():
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(2)])
+    inputs = jax.random.normal(jax.random.key(0), (64, 6))
+    params = model.init(jax.random.key(1), inputs)["params"]
+    with pytest.warns(UserWarning, match="layers_0/kernel: 4 does not divide its fan-in of 6"):
+        result = pruning.prune_layers(model, params, [inputs], None, structure=pruning.NM(2, 4))
+    assert [layer.path for layer in result.layers] == ["layers_2/kernel"]
+    assert [layer.path for layer in result.unseen] == ["layers_0/kernel"]
+    np.testing.assert_array_equal(result.params["layers_0"]["kernel"], params["layers_0"]["kernel"])
