@@ -228,9 +228,6 @@ SETTINGS: dict[str, Method] = {  # of what is measured once, to choose defaults
     "OBS, 16 steps, blocks of 512": of_gradients(block_size=512),
     "OBS, 16 steps, whole matrix": of_gradients(block_size=None),
     "OBS, 4 steps": of_gradients(recomputations=4),
-    "OBS, 4 steps, 256 gradients of examples": of_gradients(
-        recomputations=4, num_grads=256, per_example=True
-    ),
     "OBS, 4 steps, uniform": of_gradients(recomputations=4, distribution="uniform"),
     "OBS, 4 steps, then layer by layer": of_both(recomputations=4),
     "OBS, reconstructed after each of 4 steps": in_turn(4),

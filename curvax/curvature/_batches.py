@@ -43,7 +43,9 @@ def num_examples(arguments: Any, advice: str) -> int | None:
 
 def parts(arguments: Any, size: int) -> Iterator[tuple[Any, int]]:
     """Parts of a batch, of ``size`` examples or, the last one, fewer, and their sizes."""
-    number = num_examples(arguments, "put what has no examples into the loss, by a closure")
+    number = num_examples(
+        arguments, "put what has no examples into the loss, by a closure, or cut batches yourself"
+    )
     if number is None:
         raise ValueError(
             "a batch to be cut into parts must hold an array with an axis of examples."

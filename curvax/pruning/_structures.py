@@ -105,6 +105,7 @@ def why_unfit(leaf: Leaf, structure: Structure | None) -> str | None:
         return (
             f"its axes of fan-in and outputs are unknown (read as {found!r}): name them, with "
             f"layout={{{leaf.path!r}: {letters!r}}} for (stacked axes, fan-in, outputs)"
+            f"{', or the axis with NM(n, m, axis)' if isinstance(structure, NM) else ''}"
         )
     if isinstance(structure, NM):
         return _indivisible(leaf, layout.fan_in[-1:], (structure.m,))
