@@ -205,7 +205,7 @@ METHODS: dict[str, Method] = {
     "random": of_weights(method="random"),
     "magnitude": of_weights(method="magnitude"),
     "magnitude, uniform": of_weights(method="magnitude", distribution="uniform"),
-    "|w g|": of_gradients(method="saliency", recomputations=1),
+    "weight times gradient": of_gradients(method="saliency", recomputations=1),
     "diagonal Fisher": of_gradients(method="fisher", recomputations=1),
     "diagonal Fisher, 16 steps": of_gradients(method="fisher"),
     "M-FAC as published": of_gradients(**PUBLISHED, recomputations=1),

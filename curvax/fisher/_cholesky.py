@@ -229,6 +229,8 @@ def _by_substitution(factor: jax.Array) -> jax.Array:
 
 
 def _each_by_doubling(factor: jax.Array) -> jax.Array:
+    if factor.ndim == 2:
+        return _by_doubling(factor)
     flat = factor.reshape(-1, *factor.shape[-2:])
     return jax.vmap(_by_doubling)(flat).reshape(factor.shape)
 
