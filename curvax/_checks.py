@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,16 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value is choice or value == choice for choice in allowed):
         names = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be one of {names}, got {value!r}.")
+
+
+def check_pattern(owner: str, pattern: Any) -> None:
+    """Raises unless ``pattern``, a key of the mapping ``owner``, is one for ``re.search``."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError):
+        raise ValueError(
+            f"{owner}'s keys are patterns that re.search takes, got {pattern!r}."
+        ) from None
 
 
 def check_like(name: str, tree: PyTree, params: PyTree, whose: str = "params") -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from curvax._checks import check_choice
+from curvax._checks import check_choice, check_pattern
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -84,12 +84,7 @@ def check_layout(layout: Layout) -> None:
     """Raises unless ``layout`` is a preset, a mapping of patterns or a callable."""
     if isinstance(layout, Mapping):
         for pattern, value in layout.items():
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError):
-                raise ValueError(
-                    f"layout's keys are patterns that re.search takes, got {pattern!r}."
-                ) from None
+            check_pattern("layout", pattern)
             if isinstance(value, str) and value not in get_args(LayoutName):
                 KernelLayout.from_letters(value.removesuffix("..."))
     elif not callable(layout):

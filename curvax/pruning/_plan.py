@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_count, check_range, is_traced
+from curvax._checks import check_pattern, check_range, is_traced
 from curvax._layouts import Layout, kernel_layout
 from curvax._trees import PyTree, Select, named_leaves, shape_of
 from curvax.pruning._erk import erk_densities, erk_ratio
 from curvax.pruning._smallest import Pools, share
-from curvax.pruning._structures import NM
+from curvax.pruning._structures import NM, check_structure
 from curvax.pruning._targets import Distribution
 
 Method = Literal["magnitude", "saliency", "fisher", "hessian", "random"]
@@ -94,12 +94,7 @@ def check_sparsity(sparsity: Sparsity | Mapping[str, Sparsity]) -> None:
         check_share("sparsity", sparsity)
         return
     for pattern, value in sparsity.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError):
-            raise ValueError(
-                f"sparsity's keys are patterns that re.search takes, got {pattern!r}."
-            ) from None
+        check_pattern("sparsity", pattern)
         check_share(f"sparsity of {pattern!r}", value)
 
 
@@ -109,10 +104,7 @@ def check_nm(structure: NM | None, distribution: Distribution, regrow: Sparsity 
         return
     if not isinstance(structure, NM):
         raise ValueError(f"structure must be None or NM(n, m), got {structure!r}.")
-    check_count("n of NM(n, m)", structure.n)
-    check_count("m of NM(n, m)", structure.m)
-    if structure.n > structure.m:
-        raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
+    check_structure(structure)
     if distribution == "erk":
         raise ValueError(
             "distribution='erk' gives leaves different densities, and NM(n, m) ends in the same "

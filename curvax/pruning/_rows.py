@@ -140,21 +140,20 @@ class HostRows:
         self._weights = weights
         self._rows = [arrays[leaf.number].reshape(len(arrays[0]), -1) for leaf in weights.leaves]
         self._alive = np.flatnonzero(weights.alive)
+        places = [leaf.flat(np.arange(leaf.size).reshape(leaf.shape)) for leaf in weights.leaves]
+        self._places = np.concatenate(places)[self._alive]  # within the leaf, in its own order
 
     @property
     def num_rows(self) -> int:
         return len(self._rows[0])
 
     def chunk(self, index: int) -> jax.Array:
-        chunk = self.width.chunk
-        chosen = self._alive[index * chunk : (index + 1) * chunk]
-        filled = np.zeros((self.num_rows, chunk), self._weights.values.dtype)
-        triples = zip(self._weights.leaves, self._weights.spans(), self._rows, strict=True)
-        for leaf, span, rows in triples:
+        part = slice(index * self.width.chunk, (index + 1) * self.width.chunk)
+        chosen, places = self._alive[part], self._places[part]
+        filled = np.zeros((self.num_rows, self.width.chunk), self._weights.values.dtype)
+        for span, rows in zip(self._weights.spans(), self._rows, strict=True):
             first, stop = np.searchsorted(chosen, (span.start, span.stop))
-            if first < stop:
-                places = leaf.flat(np.arange(leaf.size).reshape(leaf.shape))
-                filled[:, first:stop] = rows[:, places[chosen[first:stop] - span.start]]
+            filled[:, first:stop] = rows[:, places[first:stop]]
         return jax.device_put(filled, self.width.sharding(None))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -94,19 +94,24 @@ def _members(leaves: Sequence[Leaf], sparsity: Sparsity) -> list[tuple[float, li
     """The numbers of the leaves that each sparsity is meant for."""
     if not isinstance(sparsity, Mapping):
         return [(sparsity, list(range(len(leaves))))]
-    members: dict[str, list[int]] = {pattern: [] for pattern in sparsity}
-    for number, leaf in enumerate(leaves):
-        pattern = next((p for p in sparsity if re.search(p, leaf.path)), None)
+    found = members_by_pattern([leaf.path for leaf in leaves], sparsity)
+    return [(sparsity[pattern], numbers) for pattern, numbers in found.items()]
+
+
+def members_by_pattern(paths: Sequence[str], patterns: Iterable[str]) -> dict[str, list[int]]:
+    """For each pattern the numbers of the paths of which it is the first to match."""
+    members: dict[str, list[int]] = {pattern: [] for pattern in patterns}
+    for number, path in enumerate(paths):
+        pattern = next((p for p in members if re.search(p, path)), None)
         if pattern is not None:
             members[pattern].append(number)
     for pattern, numbers in members.items():
         if not numbers:
-            paths = ", ".join(leaf.path for leaf in leaves)
             raise ValueError(
                 f"sparsity[{pattern!r}] matches no selected leaf, or only leaves that earlier "
-                f"patterns match; the selected leaves are: {paths}."
+                f"patterns match; the selected leaves are: {', '.join(paths) or 'none'}."
             )
-    return [(sparsity[pattern], numbers) for pattern, numbers in members.items()]
+    return members
 
 
 def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[float]:

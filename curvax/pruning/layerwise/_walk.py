@@ -1,7 +1,6 @@
 """A walk over the layers of a Flax model: each is pruned with the inputs that pruned ones give."""
 
 import collections
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from curvax._checks import check_range, warn_of_batch_stats
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
 from curvax.pruning._structures import NM
+from curvax.pruning._targets import members_by_pattern
 from curvax.pruning._weights import Skipped, check_mask, is_kernel
 from curvax.pruning.layerwise._gram import InputGram
 from curvax.pruning.layerwise._layer import LayerResult, check_layer, pruned_layer
@@ -211,14 +211,9 @@ def _targets(params: PyTree, select: Select, sparsity: LayerSparsities) -> dict[
         if value is not None:
             name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
             check_range(name, value, low=0.0, high=1.0, open_high=True)
-    matches = {path: next((p for p in patterns if re.search(p, path)), None) for path in paths}
-    for pattern in patterns:
-        if pattern not in matches.values():
-            raise ValueError(
-                f"sparsity[{pattern!r}] matches no selected leaf, or only leaves that earlier "
-                f"patterns match; the selected leaves are: {', '.join(paths) or 'none'}."
-            )
-    return {path: patterns[match] for path, match in matches.items() if match is not None}
+    members = members_by_pattern(paths, patterns)
+    matches = {number: patterns[p] for p, numbers in members.items() for number in numbers}
+    return {paths[number]: matches[number] for number in sorted(matches)}
 
 
 def _unfit(calls: list[Call], leaves: _Leaves, structure: NM | None) -> dict[str, str]:
