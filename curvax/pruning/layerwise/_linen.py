@@ -1,6 +1,5 @@
 """The inputs of the layers of a Linen module, taken where the layers are called."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,38 +8,23 @@ import jax.numpy as jnp
 
 from curvax._trees import PyTree, named_leaves
 from curvax.pruning.layerwise._calls import Reader
-from curvax.pruning.layerwise._model import Arguments, Calls, Recorder, Shapes, Sums, sums_of
+from curvax.pruning.layerwise._model import Arguments, Model, Recorder, Sums, sums_of
 
 _COLLECTION, _NAME = "curvax", "sums"
 
 
-class LinenModel:
+class LinenModel(Model):
     """A Linen module with its variables."""
 
     def __init__(self, module: Any, variables: Mapping[str, Any], call: Any) -> None:
+        super().__init__()
         self._module, self._variables, self._call = module, dict(variables), call
-        self._compiled: dict[tuple[str, ...], Any] = {}
 
-    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
-        """Traces the module once."""
-        recorder = Recorder(shapes)
-        run = functools.partial(self._recorded, recorder)
-        return recorder.summary(jax.eval_shape(run, params, self._variables, arguments))
-
-    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
-        """The sums over the inputs of some layers in one batch."""
-        if paths not in self._compiled:
-            leaves = dict(named_leaves(params))
-            shapes = {path: leaves[path].shape for path in paths}
-
-            def run(params: PyTree, variables: PyTree, arguments: Arguments) -> dict[str, Sums]:
-                return self._recorded(Recorder(shapes), params, variables, arguments)
-
-            self._compiled = {paths: jax.jit(run)}  # those before are not needed again
-        return self._compiled[paths](params, self._variables, arguments)
+    def _others(self) -> PyTree:
+        return self._variables
 
     def _recorded(
-        self, recorder: Recorder, params: PyTree, variables: PyTree, arguments: Arguments
+        self, recorder: Recorder, params: PyTree, others: PyTree, arguments: Arguments
     ) -> dict[str, Sums]:
         """Applies the module; sums over the inputs of the recorder's layers, by path."""
         import flax.linen as nn
@@ -59,7 +43,7 @@ class LinenModel:
 
         with nn.intercept_methods(intercept):
             _, state = self._module.apply(
-                {**variables, "params": params},
+                {**others, "params": params},
                 *arguments,
                 method=self._call,
                 mutable=[_COLLECTION],

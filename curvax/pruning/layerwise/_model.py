@@ -1,11 +1,13 @@
 """What a walk over the layers of a model needs to know of it."""
 
-from typing import Any, NamedTuple, Protocol
+import abc
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree
+from curvax._trees import PyTree, named_leaves
 from curvax.pruning.layerwise._calls import Reader, reader_of
 from curvax.pruning.layerwise._gram import gram_of
 
@@ -56,16 +58,6 @@ class Calls(NamedTuple):
     reasons: dict[str, str]
 
 
-class Model(Protocol):
-    """A model of Linen or NNX."""
-
-    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
-        """Traces the model once."""
-
-    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
-        """The sums over the inputs of some layers in one batch."""
-
-
 class Recorder:
     """Notes the calls of layers while a model is traced.
 
@@ -100,6 +92,41 @@ class Recorder:
             if path not in recorded or recorded[path].gram.ndim != 2:
                 self.lose(path)
         return Calls([call for call in self.calls if call.path not in self.reasons], self.reasons)
+
+
+class Model(abc.ABC):
+    """A model of Linen or NNX, compiled for the layers whose sums are asked for."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[str, ...], Any] = {}
+
+    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
+        """Traces the model once."""
+        recorder = Recorder(shapes)
+        run = functools.partial(self._recorded, recorder)
+        return recorder.summary(jax.eval_shape(run, params, self._others(), arguments))
+
+    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
+        """The sums over the inputs of some layers in one batch."""
+        if paths not in self._compiled:
+            leaves = dict(named_leaves(params))
+            shapes = {path: leaves[path].shape for path in paths}
+
+            def run(params: PyTree, others: PyTree, arguments: Arguments) -> dict[str, Sums]:
+                return self._recorded(Recorder(shapes), params, others, arguments)
+
+            self._compiled = {paths: jax.jit(run)}  # those before are not needed again
+        return self._compiled[paths](params, self._others(), arguments)
+
+    @abc.abstractmethod
+    def _others(self) -> PyTree:
+        """The variables that are not parameters: batch statistics, random streams."""
+
+    @abc.abstractmethod
+    def _recorded(
+        self, recorder: Recorder, params: PyTree, others: PyTree, arguments: Arguments
+    ) -> dict[str, Sums]:
+        """Runs the model; sums over the inputs of the recorder's layers, by path."""
 
 
 def sums_of(rows: jax.Array, used: jax.Array, kernel: jax.Array) -> Sums:

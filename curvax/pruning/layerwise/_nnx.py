@@ -1,20 +1,19 @@
 """The inputs of the layers of an NNX model, taken where the layers of a clone are called."""
 
-import functools
 from typing import Any
 
 import jax
 
 from curvax._trees import PyTree, named_leaves
-from curvax.pruning.layerwise._model import Arguments, Calls, Recorder, Shapes, Sums, sums_of
+from curvax.pruning.layerwise._model import Arguments, Model, Recorder, Sums, sums_of
 
 
-class NNXModel:
+class NNXModel(Model):
     """A model of NNX; it is cloned, and stays as it is."""
 
     def __init__(self, model: Any, call: Any) -> None:
+        super().__init__()
         self._model, self._call = model, call
-        self._compiled: dict[tuple[str, ...], Any] = {}
 
     def params(self) -> PyTree:
         """The parameters of the model."""
@@ -22,26 +21,7 @@ class NNXModel:
 
         return nnx.state(self._model, nnx.Param)
 
-    def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
-        """Traces the model once."""
-        recorder = Recorder(shapes)
-        run = functools.partial(self._recorded, recorder)
-        return recorder.summary(jax.eval_shape(run, params, self._others(), arguments))
-
-    def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
-        """The sums over the inputs of some layers in one batch."""
-        if paths not in self._compiled:
-            leaves = dict(named_leaves(params))
-            shapes = {path: leaves[path].shape for path in paths}
-
-            def run(params: PyTree, others: PyTree, arguments: Arguments) -> dict[str, Sums]:
-                return self._recorded(Recorder(shapes), params, others, arguments)
-
-            self._compiled = {paths: jax.jit(run)}  # those before are not needed again
-        return self._compiled[paths](params, self._others(), arguments)
-
     def _others(self) -> PyTree:
-        """The variables that are not parameters: batch statistics, random streams."""
         from flax import nnx
 
         parts: Any = nnx.split(self._model, nnx.Param, ...)
