@@ -67,21 +67,27 @@ def of_gradients(**options: Any) -> Method:
 def pruned_by_gradients(
     network: Network, variables: Variables, target: Target, seed: int, **options: Any
 ) -> pruning.PruneResult[PyTree]:
-    examples = network.batches(seed, network.recipe.batch_size)
-    batches = list(itertools.islice(examples, options.get("num_grads", 64)))
+    return pruning.prune_one_shot(
+        network.loss,
+        variables.params,
+        gradient_batches(network, variables, seed, options.get("num_grads", 64)),
+        target.sparsity,
+        structure=target.structure,
+        **options,
+    )
+
+
+def gradient_batches(
+    network: Network, variables: Variables, seed: int, number: int = 64
+) -> Callable[[PyTree], list[Any]]:
+    """From the params of now to batches, with their statistics before the inputs."""
+    batches = list(itertools.islice(network.batches(seed, network.recipe.batch_size), number))
 
     def with_statistics(params: PyTree) -> list[Any]:
         statistics = network.reestimated(params, variables.statistics, seed)
         return [(statistics, *batch) for batch in batches]
 
-    return pruning.prune_one_shot(
-        network.loss,
-        variables.params,
-        with_statistics,
-        target.sparsity,
-        structure=target.structure,
-        **options,
-    )
+    return with_statistics
 
 
 def of_layers(**options: Any) -> Method:
@@ -109,16 +115,10 @@ def in_turn(num_steps: int) -> Method:
     """Steps of Optimal Brain Surgeon, with the outputs of the dense layers restored after each."""
 
     def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
-        batches = list(itertools.islice(network.batches(seed, network.recipe.batch_size), 64))
-
-        def with_statistics(params: PyTree) -> list[Any]:
-            statistics = network.reestimated(params, variables.statistics, seed)
-            return [(statistics, *batch) for batch in batches]
-
         result = pruning.prune_gradually(
             network.loss,
             variables.params,
-            with_statistics,
+            gradient_batches(network, variables, seed),
             pruning.geometric_sparsities(0.0, target.sparsity or 0.5, num_steps),
             lambda _, mask: reconstructed(network, variables, seed, None, mask=mask).params,
             recomputations=1,
