@@ -1,7 +1,7 @@
 """Prunes trained networks by every method, and shows what is left of them.
 
     cd benchmarks; python -m sparsity --data-dir DIR
-    python -m sparsity --networks shakespeare --targets 0.5 2:4 --seeds 1
+    python -m sparsity --networks shakespeare --targets 0.5 2:4 --seeds 0
     python -m sparsity --report
 
 A network is trained once for each seed and kept in build/pruning. Finished runs are kept in
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     option("--networks", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     option("--methods", nargs="+", choices=[*METHODS, *SETTINGS], default=list(METHODS))
     option("--targets", nargs="+", default=list(TARGETS), help="shares, or N:M")
-    option("--seeds", type=int, default=3)
+    option("--seeds", nargs="+", type=int, default=[0, 1, 2])
     option("--data-dir", type=Path, default=Path("data"))
     option("--report", action="store_true", help="only write the tables of finished runs")
     return parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
             network = Network(name, args.data_dir)
             cells = [
                 Cell(name, method, target, seed)
-                for seed in range(args.seeds)
+                for seed in args.seeds
                 for target in args.targets
                 for method in ("dense", *args.methods)
                 if method != "dense" or target == args.targets[0]

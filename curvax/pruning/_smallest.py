@@ -31,8 +31,11 @@ class Pools(NamedTuple):
 
     def sums(self, counts: Sequence[jax.Array]) -> jax.Array:
         """For each pool the sum of its arrays' counts."""
-        zeros = jnp.zeros(len(self.totals), jnp.int32)
-        return zeros.at[np.array(self.of)].add(jnp.stack(counts)) if counts else zeros
+        sums: list[Any] = [jnp.int32(0)] * len(self.totals)
+        # Not a scatter: XLA for CPUs loses counts when it batches one into a single pool in a loop.
+        for pool, count in zip(self.of, counts, strict=True):
+            sums[pool] += count
+        return jnp.stack(sums)
 
 
 def smallest(keys: Sequence[jax.Array], pools: Pools, numbers: jax.Array) -> list[jax.Array]:

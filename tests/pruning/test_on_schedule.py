@@ -679,6 +679,19 @@ def test_exactly_the_smallest_keys_are_marked(levels, seed):
             assert set(np.flatnonzero(mark).tolist()) == lowest(key, number)
 
 
+@every_seed
+@pytest.mark.parametrize("pools", [Pools((0, 0, 0), (19,)), Pools((0, 1, 0), (12, 7))])
+def test_models_trained_side_by_side_are_marked_as_each_alone(pools, seed):
+    rng = np.random.default_rng(seed)
+    keys = [rng.integers(0, 2**31 - 1, (4, size)).astype(np.int32) for size in (5, 7, 7)]
+    numbers = rng.integers(0, 7, (4, len(pools.totals))).astype(np.int32)
+    marked = jax.jit(jax.vmap(lambda keys, numbers: smallest(keys, pools, numbers)))(keys, numbers)
+    for model in range(4):
+        alone = smallest([key[model] for key in keys], pools, numbers[model])
+        for together, own in zip(marked, alone, strict=True):
+            np.testing.assert_array_equal(together[model], own)
+
+
 @pytest.mark.parametrize("total", [1, 7, 24, 1000, 270_000, 9_000_000])
 def test_a_share_is_the_floor_of_the_exact_product(total):
     for percent in range(101):
