@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from training.tasks.task import PyTree, Variables
 
 from curvax import pruning
+from sparsity import published
 from sparsity.networks import Network
 
 
@@ -88,6 +90,26 @@ def gradient_batches(
         return [(statistics, *batch) for batch in batches]
 
     return with_statistics
+
+
+def of_recurrences(num_steps: int) -> Method:
+    """M-FAC's own recurrences and order of work, of float32 as published."""
+
+    def method(network: Network, variables: Variables, target: Target, seed: int) -> Variables:
+        batches = gradient_batches(network, variables, seed)
+        gradient = jax.jit(jax.grad(network.loss))
+
+        def gradients_at(params: PyTree) -> list[PyTree]:
+            return [gradient(params, *batch) for batch in batches(params)]
+
+        if target.sparsity is None:
+            raise ValueError(f"the published pruner takes a share of weights, not {target.name}.")
+        params = published.prune(
+            gradients_at, variables.params, target.sparsity, num_steps=num_steps
+        )
+        return variables._replace(params=params)
+
+    return method
 
 
 def of_layers(**options: Any) -> Method:
@@ -231,6 +253,9 @@ SETTINGS: dict[str, Method] = {  # of what is measured once, to choose defaults
     "OBS, 4 steps, uniform": of_gradients(recomputations=4, distribution="uniform"),
     "OBS, 4 steps, then layer by layer": of_both(recomputations=4),
     "OBS, reconstructed after each of 4 steps": in_turn(4),
+    "layer by layer, ERK": of_layers(distribution="erk"),
     "layer by layer, damping 0.1": of_layers(damping=0.1),
+    "M-FAC, its own recurrences": of_recurrences(1),
+    "M-FAC, its own recurrences, 16 steps": of_recurrences(16),
     "Wanda, then least squares": of_layers(method="wanda", update="joint"),
 }

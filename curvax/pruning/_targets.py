@@ -80,14 +80,19 @@ def pools(
         if distribution == "global":
             found.append(Pool(tuple(members), target))
             continue
-        targets = [target] * len(members)
-        if distribution == "erk":
-            chosen = [leaves[member] for member in members]
-            ratios = [erk_ratio(leaf.layout, leaf.shape) for leaf in chosen]
-            densities = erk_densities(ratios, [leaf.size for leaf in chosen], 1 - target)
-            targets = [max(0.0, 1 - float(density)) for density in densities]
+        chosen = [leaves[member] for member in members]
+        targets = (
+            erk_sparsities(chosen, target) if distribution == "erk" else [target] * len(chosen)
+        )
         found += [Pool((member,), own) for member, own in zip(members, targets, strict=True)]
     return tuple(found)
+
+
+def erk_sparsities(leaves: Sequence[Leaf], sparsity: float) -> list[float]:
+    """The sparsity of each leaf under the Erdős-Rényi-Kernel distribution."""
+    ratios = [erk_ratio(leaf.layout, leaf.shape) for leaf in leaves]
+    densities = erk_densities(ratios, [leaf.size for leaf in leaves], 1 - sparsity)
+    return [max(0.0, 1 - float(density)) for density in densities]
 
 
 def _members(leaves: Sequence[Leaf], sparsity: Sparsity) -> list[tuple[float, list[int]]]:

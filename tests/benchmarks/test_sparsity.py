@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sparsity import networks, report
+from sparsity import networks, published, report
 from sparsity.experiment import Cell, run
 from sparsity.methods import METHODS, Target
 from training.tasks.task import Task, Variables, warmup_cosine
@@ -64,6 +64,62 @@ def test_a_contestant_prunes_to_its_target(network, method, target):
     result = run(Cell("tiny", method, target, 0), network)
     assert result["zeros"] == pytest.approx(0.5, abs=0.01)
     assert np.isfinite(result["loss"])
+
+
+@pytest.mark.parametrize("block_size", [4, 7, 10])
+def test_the_published_recurrences_are_the_inverse_of_each_block(block_size):
+    rng = np.random.default_rng(0)
+    grads, vector = rng.normal(size=(6, 10)), rng.normal(size=10)
+    inverse = published.Inverse.of(grads, 0.1, block_size)
+    matrix = 0.1 * np.eye(10) + grads.T @ grads / 6
+    same = np.arange(10) // block_size
+    exact = np.linalg.inv(np.where(same[:, None] == same, matrix, 0))
+    np.testing.assert_allclose(inverse.diagonal(10), np.diag(exact), rtol=1e-12)
+    np.testing.assert_allclose(inverse.solve(vector), exact @ vector, rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_published_pruner_is_that_of_curvax_with_its_options(num_steps):
+    with jax.enable_x64(True):
+        keys = {"a": jax.random.key(0), "b": jax.random.key(1)}
+        params = {name: {"kernel": jax.random.normal(key, (9, 8))} for name, key in keys.items()}
+        inputs = jax.random.normal(jax.random.key(2), (12, 5, 9))
+
+        def loss(params, x):
+            return jnp.mean(jnp.tanh(x @ params["a"]["kernel"]) @ params["b"]["kernel"].T)
+
+        plain = published.prune(
+            lambda params: [jax.grad(loss)(params, x) for x in inputs],
+            params,
+            0.7,
+            num_steps=num_steps,
+            block_size=20,
+        )
+        ours = curvax.pruning.prune_one_shot(
+            loss,
+            params,
+            list(inputs),
+            0.7,
+            recomputations=num_steps,
+            num_grads=12,
+            update="independent",
+            damping=1e-5,
+            relative_damping=False,
+            block_size=20,
+        ).params
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+        np.testing.assert_array_equal(np.asarray(one) == 0, np.asarray(other) == 0)
+
+
+def test_the_published_pruner_reads_kernels_in_the_order_of_pytorch():
+    kernel = jnp.arange(24.0).reshape(3, 1, 2, 4)
+    params = {"conv": {"kernel": kernel, "bias": jnp.ones(4)}}
+    torch_order = np.asarray(kernel).transpose(3, 2, 0, 1).ravel()
+    np.testing.assert_array_equal(published.flat(params), torch_order)
+    back = published.with_flat(params, 2 * torch_order)
+    np.testing.assert_array_equal(back["conv"]["kernel"], 2 * kernel)
+    np.testing.assert_array_equal(back["conv"]["bias"], 1)
 
 
 def test_a_network_is_trained_once(network):

@@ -80,6 +80,17 @@ def test_leaves_that_are_not_pruned_stay_as_they_are():
     assert result.sparsity == pytest.approx((144 + 12) / 240)
 
 
+@pytest.mark.parametrize("sparsity", [0.6, {"first|head": 0.7, "second": 0.2}])
+def test_erk_prunes_small_layers_less_as_without_inputs(sparsity):
+    inputs = normal(64, 8)
+    params = params_of(MLP(), inputs)
+    result = walk(MLP(), inputs, sparsity, distribution="erk")
+    by_magnitude = pruning.prune(params, None, sparsity, method="magnitude", distribution="erk")
+    kept = {layer.path: layer.kept for layer in result.layers}
+    assert kept == {layer.path: layer.kept for layer in by_magnitude.layers}
+    assert len({layer.sparsity for layer in result.layers}) == 3
+
+
 def test_batches_may_come_from_an_iterator():
     inputs = normal(64, 8)
     params = params_of(MLP(), inputs)
@@ -503,8 +514,10 @@ def test_nnx_layers_inside_transforms_are_named():
         ({"sparsity": {"tail": 0.5}}, r"sparsity\['tail'\] matches no selected leaf"),
         ({"sparsity": None}, "sparsity=None needs a mask"),
         ({"method": "fisher"}, "method must be one of"),
+        ({"distribution": "global"}, "distribution must be one of"),
+        ({"distribution": "erk", "structure": pruning.NM(2, 4)}, "leave one of them out"),
         ({"structure": pruning.NM(2, 5), "sparsity": None}, "first/kernel: 5 does not divide its"),
-        ({"select": lambda path, leaf: False}, "the selected leaves are: none"),
+        ({"select": lambda path, leaf: False}, "select chooses no leaf of params"),
         ({"batches": []}, "batches are empty"),
         ({"batches": [jnp.full((9, 8), jnp.nan)]}, "the inputs of first/kernel must be finite"),
         ({"params": None}, "params of a Linen module must be given"),

@@ -7,6 +7,7 @@ from curvax.pruning._structures import NM, check_structure
 
 LayerMethod = Literal["obs", "greedy", "wanda", "magnitude"]
 LayerUpdate = Literal["sweep", "joint", "none"]
+LayerDistribution = Literal["uniform", "erk"]
 Order = Literal["natural", "diagonal"]
 
 

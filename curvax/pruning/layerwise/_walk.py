@@ -3,24 +3,30 @@
 import collections
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_range, warn_of_batch_stats
+from curvax._checks import check_choice, check_range, warn_of_batch_stats
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
 from curvax.pruning._structures import NM
-from curvax.pruning._targets import members_by_pattern
-from curvax.pruning._weights import Skipped, check_mask, is_kernel
+from curvax.pruning._targets import erk_sparsities, members_by_pattern
+from curvax.pruning._weights import Skipped, check_mask, chosen_leaves, is_kernel
 from curvax.pruning.layerwise._gram import InputGram
 from curvax.pruning.layerwise._layer import LayerResult, check_layer, pruned_layer
 from curvax.pruning.layerwise._linen import LinenModel
 from curvax.pruning.layerwise._model import Arguments, Call, Calls, Model, Sums
 from curvax.pruning.layerwise._nnx import NNXModel
-from curvax.pruning.layerwise._options import LayerMethod, LayerOptions, LayerUpdate, Order
+from curvax.pruning.layerwise._options import (
+    LayerDistribution,
+    LayerMethod,
+    LayerOptions,
+    LayerUpdate,
+    Order,
+)
 from curvax.pruning.layerwise._result import LayersResult, PrunedLayer
 
 LayerSparsities = float | Mapping[str, float | None] | None
@@ -38,6 +44,7 @@ def prune_layers(
     call: str | Callable[..., Any] | None = None,
     method: LayerMethod = "obs",
     update: LayerUpdate | None = None,
+    distribution: LayerDistribution = "uniform",
     structure: NM | None = None,
     mask: PyTree | None = None,
     select: Select = is_kernel,
@@ -79,6 +86,8 @@ def prune_layers(
       method: as `prune_layer` takes it, like ``update``, ``structure``, ``damping``,
         ``block_size`` and ``order``.
       update: see ``method``.
+      distribution: "uniform" gives each layer the sparsity; "erk" (Erdős-Rényi-Kernel) prunes small
+        layers less and large ones more, as `prune` does.
       structure: see ``method``.
       mask: a tree of bool like ``params``, False for weights that are pruned in any case.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
@@ -110,9 +119,15 @@ def prune_layers(
     """
     options = LayerOptions(method, update, structure, damping, block_size, order)
     options.check()
+    check_choice("distribution", distribution, get_args(LayerDistribution))
+    if distribution == "erk" and structure is not None:
+        raise ValueError(
+            "distribution='erk' gives layers different densities, and NM(n, m) the same to all: "
+            "leave one of them out."
+        )
     walked, tree = _model_and_params(model, params, variables, call)
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    targets = _targets(tree, select, sparsity)
+    targets = _targets(tree, select, sparsity, distribution)
     leaves = _Leaves(tree, mask)
     calls = walked.calls(
         tree, _first(batches), {path: leaves.params[path].shape for path in targets}
@@ -203,17 +218,24 @@ def _arguments(batch: Any) -> Arguments:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-def _targets(params: PyTree, select: Select, sparsity: LayerSparsities) -> dict[str, float | None]:
+def _targets(
+    params: PyTree, select: Select, sparsity: LayerSparsities, distribution: LayerDistribution
+) -> dict[str, float | None]:
     """The sparsity of each leaf that is to be pruned, by path."""
-    paths = [path for path, leaf in named_leaves(params) if leaf.size and select(path, leaf)]
     patterns = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
     for pattern, value in patterns.items():
         if value is not None:
             name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
             check_range(name, value, low=0.0, high=1.0, open_high=True)
-    members = members_by_pattern(paths, patterns)
-    matches = {number: patterns[p] for p, numbers in members.items() for number in numbers}
-    return {paths[number]: matches[number] for number in sorted(matches)}
+    leaves = chosen_leaves(params, select, "auto")
+    targets: dict[int, float | None] = {}
+    for pattern, members in members_by_pattern([leaf.path for leaf in leaves], patterns).items():
+        value = patterns[pattern]
+        own: list[Any] = [value] * len(members)
+        if distribution == "erk" and value is not None:
+            own = erk_sparsities([leaves[member] for member in members], value)
+        targets.update(zip(members, own, strict=True))
+    return {leaves[number].path: targets[number] for number in sorted(targets)}
 
 
 def _unfit(calls: list[Call], leaves: _Leaves, structure: NM | None) -> dict[str, str]:
