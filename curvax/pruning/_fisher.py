@@ -6,19 +6,20 @@ $$
 F = \lambda I + \frac1m G^T G = \lambda \left(I + \hat G^T \hat G\right)
 $$
 
-so that in the scaled coordinates $\hat w = \sqrt\lambda\, w$ every formula is that of a damping of
-one, and saliencies are the same. Either $F$ is replaced by its blocks of $B$ consecutive weights,
+so that $\lambda$ cancels in changes of the weights, and is a common factor of saliencies, which are
+left in units of it: every formula is that of a damping of one, whatever the gradients' scale.
+Either $F$ is replaced by its blocks of $B$ consecutive weights,
 each inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or
 the second of these is summed over all columns. Where some weights, $Q$, are removed and the kept
 ones, $S$, move:
 
 * joint, $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, which minimizes
-  $\frac12 \delta^T F \delta$: in scaled coordinates
+  $\frac12 \delta^T F \delta$:
 
   $$
-  \hat\delta_S = \left(I + \hat G_S^T \hat G_S\right)^{-1} \hat G_S^T t
-               = \hat G_S^T \left(I + \hat G_S \hat G_S^T\right)^{-1} t,
-  \qquad t = \hat G_Q \hat w_Q
+  \delta_S = \left(I + \hat G_S^T \hat G_S\right)^{-1} \hat G_S^T t
+           = \hat G_S^T \left(I + \hat G_S \hat G_S^T\right)^{-1} t,
+  \qquad t = \hat G_Q w_Q
   $$
 
   Neither form subtracts anything. The first is well conditioned where a block keeps no more weights
@@ -58,7 +59,7 @@ class Answer(NamedTuple):
 
 
 class Model(Protocol):
-    """What pruning asks of a Fisher matrix, in scaled coordinates; vectors are of alive weights."""
+    """What pruning asks of a Fisher matrix, in units of damping; vectors are of alive weights."""
 
     def diagonal(self) -> Answer:
         r"""The diagonal of $(I + \hat G^T \hat G)^{-1}$."""
@@ -87,8 +88,8 @@ class ScaledRows(NamedTuple):
     def of(cls, rows: Rows, damping: float, *, relative: bool, num_weights: int) -> "ScaledRows":
         """The damping in units of the mean square of the gradients' entries, or as it is."""
         if relative:
-            squares = cls(rows, num_weights, 1.0).map(sums_of_squares)
-            damping *= float(np.mean(squares, dtype=np.float64)) or 1.0
+            largest, shares = cls(rows, num_weights, 1.0).map(_squares_by_largest)
+            damping *= float(np.mean(np.square(largest, dtype=np.float64) * shares)) or 1.0
         return cls(rows, num_weights, damping)
 
     def block_size(self, wanted: int | None) -> int:
@@ -113,9 +114,9 @@ class ScaledRows(NamedTuple):
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: self.size], *pieces)
 
     def products(self, changes: np.ndarray) -> np.ndarray:
-        r"""$G \delta = \sqrt m \hat G \hat\delta$, for each gradient, in float64."""
+        r"""$G \delta = \sqrt{m \lambda} \hat G \delta$, for each gradient, in float64."""
         sums = [np.asarray(dot(*parts), np.float64) for parts in self.chunks(changes)]
-        return np.sqrt(self.rows.num_rows) * np.sum(sums, axis=0)
+        return np.sqrt(self.rows.num_rows * self.damping) * np.sum(sums, axis=0)
 
 
 class BlockFisher(NamedTuple):
@@ -246,8 +247,14 @@ def _scaled(rows: jax.Array, scale: Any) -> jax.Array:
 
 
 def sums_of_squares(rows: jax.Array) -> jax.Array:
-    """Of each column; with a damping of one, the mean squares of the gradients."""
+    """Of each column."""
     return jnp.sum(jnp.square(rows), axis=0)
+
+
+def _squares_by_largest(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest entry of each column, and its sum of squares in units of that one's."""
+    largest = jnp.max(jnp.abs(rows), axis=0)  # squares of entries below 1e-19 would underflow
+    return largest, sums_of_squares(rows / jnp.where(largest > 0, largest, 1))
 
 
 @jax.jit

@@ -1,7 +1,6 @@
 """One pruning step: scores, the choice of weights, the update of the others."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -215,25 +214,24 @@ def _step_with_rows(
     scaled = ScaledRows.of(
         rows, options.damping, relative=options.relative_damping, num_weights=len(values)
     )
-    root = values.dtype.type(math.sqrt(scaled.damping))
-    scaled_values, model = values * root, fisher_model(scaled, options.block_size)
+    model = fisher_model(scaled, options.block_size)
     diagonal = functools.cache(model.diagonal)
     if options.method in ("magnitude", "random"):
         scores = model_free_scores(weights, options, number)
     else:
-        scores = scores_of(scaled_values, scaled, diagonal, options)
+        scores = scores_of(values, scaled, diagonal, options)
     gone = weights_to_prune(weights, scores, targets, options)
-    change, num_failed = np.zeros_like(scaled_values), 0
+    changes, num_failed = np.zeros_like(values), 0
     if options.update_of_kept == "joint" and gone.any():
-        change, num_failed = model.joint(np.where(gone, scaled_values, 0), ~gone)
+        changes, num_failed = model.joint(np.where(gone, values, 0), ~gone)
     elif options.update_of_kept == "independent" and gone.any():
-        solution = model.solve(np.where(gone, scaled_values / diagonal().vector, 0))
-        change, num_failed = -solution.vector, solution.num_failed
+        solution = model.solve(np.where(gone, values / diagonal().vector, 0))
+        changes, num_failed = -solution.vector, solution.num_failed
     if diagonal.cache_info().currsize:
         num_failed = max(num_failed, diagonal().num_failed)
-    products = scaled.products(np.where(gone, -scaled_values, change))
+    changes = np.where(gone, -values, changes)
+    products = scaled.products(changes)
     predicted = float(products.mean() + (products**2).mean() / 2)
-    changes = np.where(gone, -values, change / root)
     return Step(weights.pruned(gone, changes), predicted, num_failed)
 
 

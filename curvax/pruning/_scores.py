@@ -1,4 +1,7 @@
-r"""Scores of the alive weights: the predicted rise of the loss when one of them is pruned."""
+r"""Scores of the alive weights: the predicted rise of the loss when one of them is pruned.
+
+They are compared with each other only, so a factor that all have in common is left out.
+"""
 
 from collections.abc import Callable
 
@@ -23,23 +26,23 @@ def model_free_scores(weights: Weights, options: Options, step: int) -> np.ndarr
 
 
 def scores_of(
-    scaled_values: np.ndarray, rows: ScaledRows, diagonal: Callable[[], Answer], options: Options
+    values: np.ndarray, rows: ScaledRows, diagonal: Callable[[], Answer], options: Options
 ) -> np.ndarray:
     r"""Scores from gradients.
 
     Args:
-      scaled_values: $\hat w$, the alive weights in the coordinates of `curvax.pruning._fisher`.
-      rows: $\hat G$.
+      values: the alive weights.
+      rows: $\hat G$ of `curvax.pruning._fisher`.
       diagonal: the diagonal of the inverse, when it is asked for.
       options: with the method.
     """
     if options.method == "greedy":
-        return greedy_scores(rows, scaled_values, rows.block_size(options.block_size))
+        return greedy_scores(rows, values, rows.block_size(options.block_size))
     if options.method == "fisher":
-        return scaled_values**2 * (1 + rows.map(sums_of_squares)) / 2
+        return values**2 * (1 + rows.map(sums_of_squares)) / 2
     if options.method == "saliency":
-        return np.abs(scaled_values * rows.map(_sums))
-    return scaled_values**2 / (2 * diagonal().vector)
+        return np.abs(values * rows.map(_sums))
+    return values**2 / (2 * diagonal().vector)
 
 
 def _sums(rows: jax.Array) -> jax.Array:

@@ -287,6 +287,20 @@ class TestRelativeDamping:
             problems.kernels(relative.params), problems.kernels(fixed.params), rtol=1e-3, atol=1e-5
         )
 
+    @every_method
+    @pytest.mark.parametrize("scale", [1e-30, 1e25])
+    def test_gradients_whose_squares_float32_cannot_hold_prune_alike(self, scale, options):
+        params, rows = problems.params(), problems.grads()
+        small = jax.tree.map(lambda leaf: scale * leaf, rows)
+        one, other = (
+            pruning.prune(params, grads, 0.6, block_size=16, **options) for grads in (rows, small)
+        )
+        np.testing.assert_array_equal(pruned_weights(one), pruned_weights(other))
+        np.testing.assert_allclose(
+            problems.kernels(one.params), problems.kernels(other.params), rtol=1e-3, atol=1e-5
+        )
+        assert np.isfinite(other.predicted_loss_change)
+
     def test_the_mean_is_over_the_weights_that_are_left(self):
         params, rows = problems.params(), problems.grads()
         first = problems.prune(params, None, 0.5, method="magnitude")
