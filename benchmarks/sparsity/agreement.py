@@ -3,12 +3,11 @@
     cd benchmarks; python -m sparsity.agreement --data-dir DIR
 
 Both get the same vectors of weights and of 64 gradients in float32, in the order of PyTorch.
+`benchmarks/inverse_fisher.py` times the inverses.
 """
 
 import argparse
 import itertools
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def run(
     sparsity: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Both in one step to a sparsity: seconds of the second call, weights, and test accuracy."""
+    """Both in one step to a sparsity: choices, kept weights, and test accuracy."""
 
     def by_recurrences(dtype: Any = np.float32) -> np.ndarray:
         number = int(sparsity * len(weights))
@@ -84,10 +83,9 @@ def run(
     exact = by_recurrences(np.float64)
     line: dict[str, Any] = {"sparsity": sparsity}
     for name, prune in {"recurrences": by_recurrences, "curvax": by_curvax}.items():
-        pruned, seconds = timed(prune)
+        pruned = prune()
         both = (pruned != 0) & (exact != 0)
         line[name] = {
-            "seconds": seconds,
             "accuracy": accuracy(pruned),
             "other_choices": int(np.count_nonzero((pruned != 0) & (exact == 0))),
             "error": float(np.linalg.norm((pruned - exact)[both]) / np.linalg.norm(exact[both])),
@@ -95,29 +93,19 @@ def run(
     return line
 
 
-def timed(prune: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
-    """The result, and the fewest seconds of three calls after one that compiles."""
-    pruned, seconds = prune(), []
-    for _ in itertools.repeat(None, 3):
-        start = time.perf_counter()
-        prune()
-        seconds.append(time.perf_counter() - start)
-    return pruned, min(seconds)
-
-
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     lines = [
         "ResNet-20 on CIFAR-10 in one step, blocks of 128, damping 1e-5, 64 stored gradients, in "
         "float32; compared with the recurrences in float64.\n",
-        "| sparsity | | other choices | relative error of kept weights | accuracy, % | s |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| sparsity | | other choices | relative error of kept weights | accuracy, % |",
+        "| ---: | --- | ---: | ---: | ---: |",
     ]
     for run, name in itertools.product(runs, ("recurrences", "curvax")):
         row = run[name]
         lines.append(
             f"| {run['sparsity']:.0%} | {name} | {row['other_choices']} | {row['error']:.1e} "
-            f"| {100 * row['accuracy']:.1f} | {row['seconds']:.1f} |"
+            f"| {100 * row['accuracy']:.1f} |"
         )
     return lines
 

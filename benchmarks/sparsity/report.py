@@ -41,6 +41,8 @@ SHOWN = {  # in the picture
     "OBS, 16 steps, then layer by layer": "#cc79a7",
 }
 
+_FEWEST = 3  # sparsities that make a curve
+
 Runs = dict[Cell, dict[str, Any]]
 
 
@@ -129,28 +131,39 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def plot(runs: Runs) -> Any:
-    """The metric over sparsity, a panel for each network: a figure of matplotlib."""
+    """The metric over sparsity, a panel for each network with enough of them: a figure."""
     from matplotlib.figure import Figure  # where it is drawn
 
-    networks = [name for name in RECIPES if any(cell.network == name for cell in runs)]
-    figure = Figure(figsize=(3.6 * len(networks) + 0.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    for axes, network in zip(panels, networks, strict=True):
-        metric = METRICS[network]
-        for method, color in SHOWN.items():
-            points = defaultdict(list)
-            for cell, run in runs.items():
-                if (cell.network, cell.method) == (network, method) and ":" not in cell.target:
-                    points[100 * float(cell.target)].append(metric.of(run))
-            places = sorted(points)
-            means = [np.mean(points[place]) for place in places]
-            axes.plot(places, means, "o-", color=color, label=method, markersize=3)
+    panels = {
+        network: curves
+        for network in RECIPES
+        if (curves := curves_of(runs, network)) and max(map(len, curves.values())) >= _FEWEST
+    }
+    figure = Figure(figsize=(4 * len(panels) + 0.4, 3.8), layout="constrained")
+    drawn = figure.subplots(1, len(panels) or 1, squeeze=False)[0]
+    for axes, (network, curves) in zip(drawn, panels.items(), strict=False):
+        for method, curve in curves.items():
+            style = {"color": SHOWN[method], "label": method, "markersize": 3}
+            axes.plot(list(curve), [np.mean(values) for values in curve.values()], "o-", **style)
         axes.set_title(network, loc="left", fontsize="medium")
         axes.set_xlabel("sparsity, %")
-        axes.set_ylabel(metric.words)
+        axes.set_ylabel(METRICS[network].words)
         if network == "shakespeare":
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize="x-small")
+    drawn[0].legend(frameon=False, fontsize="x-small")
     return figure
+
+
+def curves_of(runs: Runs, network: str) -> dict[str, dict[float, list[float]]]:
+    """For each method of the picture the values of all seeds, by the sparsity in percent."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for method in SHOWN:
+        curve = defaultdict(list)
+        for cell, run in sorted(runs.items()):
+            if (cell.network, cell.method) == (network, method) and ":" not in cell.target:
+                curve[100 * float(cell.target)].append(METRICS[network].of(run))
+        if curve:
+            curves[method] = dict(sorted(curve.items()))
+    return curves

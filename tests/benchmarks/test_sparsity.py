@@ -145,6 +145,22 @@ def test_a_table_has_the_mean_and_deviation_of_each_method_and_target():
     assert "| magnitude | 2 | 1 |" in lines
 
 
+def test_the_picture_has_a_panel_for_each_network_with_three_sparsities():
+    numbers = {"loss": 1.0, "error": 0.5}
+    targets = {"shakespeare": ("0.5", "2:4", "0.8"), "cifar-resnet": ("0.9", "0.5", "0.8")}
+    runs = {
+        Cell(network, "magnitude", target, seed): numbers
+        for network, own in targets.items()
+        for target in own
+        for seed in (0, 1)
+    }
+    assert report.curves_of(runs, "cifar-resnet") == {
+        "magnitude": {50.0: [50.0, 50.0], 80.0: [50.0, 50.0], 90.0: [50.0, 50.0]}
+    }
+    (panel,) = report.plot(runs).axes
+    assert panel.get_title(loc="left") == "cifar-resnet"
+
+
 def test_every_method_has_a_name_of_its_own_in_the_picture():
     assert set(report.SHOWN) <= set(METHODS)
 
