@@ -246,6 +246,7 @@ METHODS: dict[str, Method] = {
 SETTINGS: dict[str, Method] = {  # of what is measured once, to choose defaults
     "OBS, 16 steps, damping 1": of_gradients(damping=1.0),
     "OBS, 16 steps, damping 0.01": of_gradients(damping=0.01),
+    "OBS, 16 steps, 256 gradients": of_gradients(num_grads=256),
     "OBS, 16 steps, blocks of 32": of_gradients(block_size=32),
     "OBS, 16 steps, blocks of 512": of_gradients(block_size=512),
     "OBS, 16 steps, whole matrix": of_gradients(block_size=None),
