@@ -1,6 +1,5 @@
 """Which weights to prune: those of the lowest scores, or whole units of them, in each pool."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +20,8 @@ def weights_to_prune(
     for span in spans:
         if options.normalize_scores and weights.alive[span].any():
             own[span] /= np.mean(own[span], where=weights.alive[span]) or 1.0
-        _protect(own[span], options.min_density)
+        if options.structure is None:
+            _protect(own[span], np.ones(span.stop - span.start), options.min_density)
     gone = np.zeros(len(own), bool)
     for pool in pools:
         members = [spans[member] for member in pool.members]
@@ -39,18 +39,22 @@ def weights_to_prune(
             if isinstance(options.structure, NM):
                 flags = _in_groups(candidates, alive, units, options.structure.n, number)
             else:
-                flags = _lowest_units(candidates, alive, units, number or 0)
+                sizes = [leaf.size for leaf in chosen]
+                flags = _lowest_units(
+                    candidates, alive, units, sizes, number or 0, options.min_density
+                )
         for span, part in zip(members, _split(flags, members), strict=True):
             gone[span] = part
     return gone[weights.alive]
 
 
-def _protect(scores: np.ndarray, min_density: float) -> None:
-    """Gives the best weights of a leaf a score at which they stay."""
-    number = math.ceil(min_density * len(scores) - 1e-6)
-    if number:
+def _protect(scores: np.ndarray, sizes: np.ndarray, min_density: float) -> None:
+    """Gives the best units of a leaf, a share of its weights, a score at which they stay."""
+    needed = min_density * sizes.sum() - 1e-6
+    if needed > 0:
         finite = np.where(np.isfinite(scores), scores, -np.inf)  # pruned ones are infinite here
-        scores[np.argpartition(-finite, number - 1)[:number]] = np.inf
+        best = np.argsort(-finite, kind="stable")
+        scores[best[: np.searchsorted(np.cumsum(sizes[best]), needed) + 1]] = np.inf
 
 
 def _split(flags: np.ndarray, spans: Sequence[slice]) -> list[np.ndarray]:
@@ -102,25 +106,53 @@ def _outside_best(scores: np.ndarray, units: Units, number: int) -> np.ndarray:
     return rank >= number
 
 
-def _lowest_units(scores: np.ndarray, alive: np.ndarray, units: Units, number: int) -> np.ndarray:
+def _lowest_units(
+    scores: np.ndarray,
+    alive: np.ndarray,
+    units: Units,
+    sizes: Sequence[int],
+    number: int,
+    min_density: float,
+) -> np.ndarray:
     """Whole units of lowest mean score, skipping those above the ``number`` left."""
     present = alive[units.weights]
     members, numbers = units.weights[present], units.numbers[present]
-    sizes = np.bincount(numbers)
-    means = np.bincount(numbers, weights=scores[members]) / np.maximum(sizes, 1)
-    order = np.argsort(np.where(sizes > 0, means, np.inf), kind="stable")
-    order = order[(sizes[order] > 0) & np.isfinite(means[order])]
+    total = int(units.numbers.max()) + 1
+    counts = np.bincount(numbers, minlength=total)
+    sums = np.bincount(numbers, weights=scores[members], minlength=total)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
+    if min_density:
+        _protect_units(means, units, sizes, min_density)
+    order = np.argsort(means, kind="stable")
+    order = order[np.isfinite(means[order])]
     flags = np.zeros(len(scores), bool)
     if len(np.unique(members)) == len(members):
-        flags[members[_that_fit(sizes, order, number)[numbers]]] = True
-        return flags
-    for unit in order:  # of coupled units some weights may be gone already
-        own = np.unique(members[numbers == unit])
-        new = own[~flags[own]]
-        if len(new) <= number:
-            flags[new] = True
-            number -= len(new)
+        flags[members[_that_fit(counts, order, number)[numbers]]] = True
+    else:
+        groups = np.split(members[np.argsort(numbers, kind="stable")], np.cumsum(counts)[:-1])
+        left = number
+        for unit in order:  # of coupled units some weights may be gone already
+            own = np.unique(groups[unit])
+            new = own[~flags[own]]
+            if len(new) <= left:
+                flags[new] = True
+                left -= len(new)
+    left = number - int(np.count_nonzero(flags))
+    if np.any((counts > 0) & np.isinf(means) & (counts <= left)):
+        raise _too_dense(number, number - left)
     return flags
+
+
+def _protect_units(
+    means: np.ndarray, units: Units, sizes: Sequence[int], min_density: float
+) -> None:
+    """Lets the best units of each leaf stay; a unit lies in one leaf, and all of one are alike."""
+    owners = np.empty(len(means), int)
+    owners[units.numbers] = np.repeat(np.arange(len(sizes)), sizes)[units.weights]
+    for leaf, size in enumerate(sizes):
+        own = means[owners == leaf]
+        _protect(own, np.full(len(own), size / len(own)), min_density)
+        means[owners == leaf] = own
 
 
 def _that_fit(sizes: np.ndarray, order: np.ndarray, number: int) -> np.ndarray:

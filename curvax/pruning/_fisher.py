@@ -93,9 +93,9 @@ class ScaledRows(NamedTuple):
         return cls(rows, num_weights, damping)
 
     def block_size(self, wanted: int | None) -> int:
-        """That of blocks; a chunk where there are fewer weights, or they are to be one block."""
-        chunk = self.rows.width.chunk
-        return min(wanted or chunk, chunk)
+        """That of blocks; what a device has where weights are fewer, or are to be one block."""
+        share = self.rows.width.share
+        return min(wanted or share, share)
 
     def chunk(self, index: int) -> jax.Array:
         scale = 1 / math.sqrt(self.rows.num_rows * self.damping)

@@ -107,7 +107,8 @@ def prune_on_schedule(
       layout: what the axes of leaves are, for "erk" and ``structure``.
       regrow: a share, or a schedule of it, as in RigL: each new mask also drops this share of the
         kept weights, those of lowest score, and brings back as many pruned ones, those of largest
-        $|g|$, which start from zero. A share of 0 changes nothing.
+        $|g|$, which start from zero, or stay if they were dropped just now. A share of 0 changes
+        nothing.
       key: a PRNG key or a seed for the method "random".
 
     Returns:

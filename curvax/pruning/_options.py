@@ -9,7 +9,7 @@ import jax
 from curvax._checks import check_choice, check_count, check_range
 from curvax._layouts import Layout, check_layout
 from curvax._trees import Select
-from curvax.pruning._structures import NM, Structure, check_structure
+from curvax.pruning._structures import NM, OutputUnits, Structure, check_structure
 from curvax.pruning._targets import Distribution, Sparsity, check_sparsity
 from curvax.pruning._weights import is_kernel
 
@@ -81,6 +81,23 @@ class Options:
         check_range("damping", self.damping, low=0.0, open_low=True, open_high=True)
         if self.block_size is not None:
             check_count("block_size", self.block_size)
+        if self.distribution == "erk" and isinstance(self.structure, NM):
+            raise ValueError(
+                "distribution='erk' gives leaves different densities, and NM(n, m) ends in the "
+                "same for all: use 'global' or 'uniform'."
+            )
+        if (
+            isinstance(self.structure, NM)
+            and self.min_density > self.structure.n / self.structure.m
+        ):
+            raise ValueError(
+                f"min_density={self.min_density} is more than {self.structure} keeps: lower it."
+            )
+        if self.min_density and isinstance(self.structure, OutputUnits) and self.structure.coupled:
+            raise ValueError(
+                "min_density keeps a share of each leaf, and coupled units are in several leaves: "
+                "leave one of them out."
+            )
         if self.method == "greedy" and (self.block_size is None or self.structure is not None):
             raise ValueError(
                 "method='greedy' removes single weights within blocks: it needs a block_size and "

@@ -240,6 +240,11 @@ def make_plan(rule: Rule, params: PyTree, mask: PyTree) -> Plan:
 
 def _group_axis(leaf: NamedShape, structure: NM, layout: Layout) -> int:
     if structure.axis is not None:
+        if not -len(leaf.shape) <= structure.axis < len(leaf.shape):
+            raise ValueError(
+                f"{structure} names an axis that {leaf.name} of shape {leaf.shape} does not have: "
+                "leave the leaf out with select."
+            )
         return _divided(leaf, structure, structure.axis % len(leaf.shape))
     found = kernel_layout(leaf.name, leaf.shape, layout)
     if found is None or found.unknown or not found.fan_in:

@@ -197,7 +197,7 @@ def prune_step(
     values = weights.values[weights.alive]
     if rows is None:
         scores = (
-            values**2 * given / 2
+            np.square(values, dtype=np.float64) * given / 2
             if given is not None
             else model_free_scores(weights, options, number)
         )

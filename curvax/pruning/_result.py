@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple
 import jax
 import numpy as np
 
-from curvax._trees import PyTree, Tree, named_leaves
+from curvax._trees import PyTree, Tree, named_leaves, shape_of
 from curvax.pruning._weights import Skipped, Weights
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def result_of(
     new_mask = weights.mask(params, mask)
     pruned = {layer.path for layer in layers}
     num_other = sum(
-        int(np.count_nonzero(np.broadcast_to(kept, leaf.shape)))
+        int(np.count_nonzero(np.broadcast_to(kept, shape_of(leaf))))
         for (path, leaf), kept in zip(named_leaves(params), jax.tree.leaves(new_mask), strict=True)
         if path not in pruned
     )

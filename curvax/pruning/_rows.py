@@ -52,6 +52,11 @@ class Width(NamedTuple):
         chunk = -(-together // devices) * devices * block_size
         return cls(chunk, -(-num_weights // chunk), mesh)
 
+    @property
+    def share(self) -> int:
+        """The number of columns of a chunk on one device."""
+        return self.chunk // (1 if self.mesh is None else self.mesh.size)
+
     def sharding(self, *leading: None) -> jax.sharding.NamedSharding | None:
         """That of an array whose last axis has the columns of a chunk."""
         if self.mesh is None:

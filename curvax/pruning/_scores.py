@@ -21,8 +21,7 @@ def model_free_scores(weights: Weights, options: Options, step: int) -> np.ndarr
     if options.method == "random":
         key = jax.random.fold_in(as_key(options.key), step)
         return np.asarray(jax.random.uniform(key, weights.alive.shape))[weights.alive]
-    values = weights.values[weights.alive]
-    return np.asarray(values**2 / 2)
+    return np.square(weights.values[weights.alive], dtype=np.float64) / 2
 
 
 def scores_of(
@@ -38,11 +37,12 @@ def scores_of(
     """
     if options.method == "greedy":
         return greedy_scores(rows, values, rows.block_size(options.block_size))
+    squares = np.square(values, dtype=np.float64)  # wide: those of 1e-24 are zero in float32
     if options.method == "fisher":
-        return values**2 * (1 + rows.map(sums_of_squares)) / 2
+        return squares * (1 + rows.map(sums_of_squares)) / 2
     if options.method == "saliency":
         return np.abs(values * rows.map(_sums))
-    return values**2 / (2 * diagonal().vector)
+    return squares / (2 * diagonal().vector)
 
 
 def _sums(rows: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree, Tree, is_inexact
+from curvax._trees import PyTree, Tree, is_inexact, wide_dtype
 from curvax.curvature._batches import as_arguments
 from curvax.curvature._compiled import compiled_once
 
@@ -74,7 +74,8 @@ def _statistics_of_batch(update_statistics: Callable[..., PyTree]) -> Callable[.
     def of_batch(params: PyTree, statistics: PyTree, arguments: tuple[Any, ...]) -> PyTree:
         def updated(fill: PyTree) -> PyTree:
             filled = jax.tree.map(
-                lambda leaf, value: jnp.asarray(value, leaf.dtype) if is_inexact(leaf) else leaf,
+                # Wide, since momentum in bfloat16 would be rounded.
+                lambda leaf, value: value.astype(wide_dtype(leaf)) if is_inexact(leaf) else leaf,
                 statistics,
                 fill,
             )

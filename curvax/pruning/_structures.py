@@ -8,7 +8,7 @@ import numpy as np
 
 from curvax._checks import check_count
 from curvax._layouts import KernelLayout, Layout
-from curvax._trees import PyTree, Select
+from curvax._trees import PyTree, Select, named_leaves
 from curvax.pruning._weights import Leaf, Skipped, Weights, chosen_leaves
 
 _READS = ":in"
@@ -73,6 +73,15 @@ def check_structure(structure: Structure | None) -> None:
         check_count("m of NM(n, m)", structure.m)
         if structure.n > structure.m:
             raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
+        if not isinstance(structure.axis, int | None):
+            raise ValueError(f"axis of NM(n, m, axis) must be an integer or None, got {structure}.")
+    if isinstance(structure, OutputUnits):
+        for group in structure.coupled:
+            if not isinstance(group, tuple | list):
+                raise ValueError(
+                    "OutputUnits(coupled=...) takes groups of paths, (('a/kernel', 'a/bias'),), "
+                    f"got {structure.coupled}."
+                )
     if isinstance(structure, WeightBlocks):
         if len(_sides(structure)) not in (1, 2):
             raise ValueError(f"WeightBlocks(size) takes one size or two, got {structure}.")
@@ -124,11 +133,11 @@ def selection_of(
     """The weights to prune, and the chosen leaves that the structure passes over."""
     if isinstance(structure, OutputUnits) and structure.coupled:
         paths = structure.paths()
-        chosen = chosen_leaves(params, lambda path, _: path in paths, layout)
-        if missing := paths - {leaf.path for leaf in chosen}:
+        if missing := paths - {path for path, _ in named_leaves(params)}:
             raise ValueError(
                 f"OutputUnits(coupled=...) names leaves that params do not have: {sorted(missing)}."
             )
+        chosen = chosen_leaves(params, lambda path, _: path in paths, layout)
     else:
         chosen = chosen_leaves(params, select, layout)
     reasons = [why_unfit(leaf, structure) for leaf in chosen]

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from curvax._checks import check_count, check_range
+from curvax._checks import check_count, check_pattern, check_range
 from curvax.pruning._erk import erk_densities, erk_ratio
 from curvax.pruning._weights import Leaf, Weights
 
@@ -58,11 +58,7 @@ class Pool(NamedTuple):
 def check_sparsity(sparsity: Any) -> None:
     """Raises unless a sparsity, or each of several, is in [0, 1)."""
     values = sparsity.items() if isinstance(sparsity, Mapping) else [("", sparsity)]
-    if not values:
-        raise ValueError("sparsity must name at least one pattern, got an empty mapping.")
     for pattern, value in values:
-        if not isinstance(pattern, str):
-            raise ValueError(f"sparsity's keys are patterns of paths, got {pattern!r}.")
         name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
         check_range(name, value, low=0.0, high=1.0, open_high=True)
 
@@ -106,6 +102,10 @@ def _members(leaves: Sequence[Leaf], sparsity: Sparsity) -> list[tuple[float, li
 def members_by_pattern(paths: Sequence[str], patterns: Iterable[str]) -> dict[str, list[int]]:
     """For each pattern the numbers of the paths of which it is the first to match."""
     members: dict[str, list[int]] = {pattern: [] for pattern in patterns}
+    if not members:
+        raise ValueError("sparsity must name at least one pattern, got an empty mapping.")
+    for key in members:
+        check_pattern("sparsity", key)
     for number, path in enumerate(paths):
         pattern = next((p for p in members if re.search(p, path)), None)
         if pattern is not None:

@@ -109,7 +109,7 @@ class Weights:
         """The weights of the leaves, of which ``mask`` keeps some."""
         check_mask(mask, params)
         arrays = jax.tree.leaves(params)
-        _check_not_shared(leaves, arrays)
+        check_not_tied(leaves, params)
         values = np.concatenate(
             [leaf.flat(np.asarray(widen(arrays[leaf.number]))) for leaf in leaves]
         )
@@ -181,7 +181,8 @@ class Weights:
 def chosen_leaves(params: PyTree, select: Select, layout: Layout) -> tuple[Leaf, ...]:
     """The leaves that ``select`` chooses."""
     leaves = []
-    for number, (path, array) in enumerate(named_leaves(params)):
+    for number, (path, leaf) in enumerate(named_leaves(params)):
+        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         if not array.size or not select(path, array):
             continue
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -269,13 +270,15 @@ def _whole(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(np.asarray(mask), shape)
 
 
-def _check_not_shared(leaves: Sequence[Leaf], arrays: list[Any]) -> None:
-    """Raises if one array is two leaves: pruned apart they would no longer be one."""
-    owner: dict[int, str] = {}
-    for leaf in leaves:
-        other = owner.setdefault(id(arrays[leaf.number]), leaf.path)
-        if other != leaf.path:
+def check_not_tied(leaves: Sequence[Leaf], params: PyTree) -> None:
+    """Raises if a leaf to prune is another leaf too: pruned alone it would no longer be tied."""
+    chosen = {leaf.path for leaf in leaves}
+    owners: dict[int, list[str]] = {}
+    for path, array in named_leaves(params):
+        owners.setdefault(id(array), []).append(path)
+    for paths in owners.values():
+        if len(paths) > 1 and chosen.intersection(paths):
             raise ValueError(
-                f"{other} and {leaf.path} are the same array, and pruned apart they would no "
-                "longer be tied: keep it in params once, or leave both out with select."
+                f"{' and '.join(paths)} are the same array, and pruned apart they would no longer "
+                "be tied: keep it in params once, or leave them out with select."
             )

@@ -44,6 +44,18 @@ def test_damping_is_positive(damping):
         ({"structure": pruning.NM(5, 4)}, "needs n <= m"),
         ({"structure": pruning.NM(0, 4)}, "n of NM"),
         ({"structure": (2, 4)}, "structure must be None, NM"),
+        ({"structure": pruning.NM(2, 4, "1")}, "axis of NM"),
+        ({"structure": pruning.NM(2, 4), "distribution": "erk"}, "leaves different densities"),
+        ({"structure": pruning.OutputUnits(coupled=("a", "b"))}, "takes groups of paths"),
+        ({"structure": pruning.OutputUnits(coupled=(("a", "b"),))}, "do not have: .'a', 'b'"),
+        (
+            {
+                "structure": pruning.OutputUnits(coupled=(("dense/kernel", "dense/bias"),)),
+                "min_density": 0.1,
+            },
+            "coupled units are in several leaves",
+        ),
+        ({"sparsity": {"(": 0.5}}, "sparsity's keys are patterns that re.search takes"),
         (
             {"structure": pruning.NM(1, 3), "sparsity": None},
             "no chosen leaf.*3 does not divide the 4",
@@ -69,6 +81,14 @@ def test_integer_weights_are_refused():
     params = {"kernel": jnp.ones((2, 2), int)}
     with pytest.raises(ValueError, match="only real weights can be pruned, got int32 at kernel"):
         problems.prune(params, None, 0.5, method="magnitude", select=lambda *_: True)
+
+
+def test_a_python_number_among_the_params_is_left_alone():
+    params = {"kernel": jnp.arange(1.0, 5.0).reshape(2, 2), "temperature": 1.0}
+    result = pruning.prune(params, None, 0.5, method="magnitude")
+    assert result.params["temperature"] == 1.0
+    assert result.sparsity == 0.5
+    assert pruning.mask_of_zeros(result.params)["temperature"]
 
 
 @pytest.mark.parametrize("method", ["obs", "greedy", "fisher"])
@@ -147,7 +167,7 @@ def test_a_mask_that_has_pruned_everything_is_an_error():
 
 
 def test_keys_of_sparsities_are_patterns():
-    with pytest.raises(ValueError, match="keys are patterns of paths, got 0"):
+    with pytest.raises(ValueError, match="keys are patterns that re.search takes, got 0"):
         prune({0: 0.5})
 
 

@@ -352,3 +352,22 @@ def test_a_mesh_may_be_given():
     tree, batches = network()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     assert_close(run(tree, batches, mesh=mesh), run(tree, batches))
+
+
+@pytest.mark.parametrize("block_size", [128, 16, None])
+def test_fewer_weights_than_a_block_are_pruned_on_a_mesh(block_size):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel = jax.random.normal(jax.random.key(0), (9, 8))
+    inputs = jax.random.normal(jax.random.key(1), (80, 4, 9))
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["kernel"]) ** 2)
+
+    options = {"recomputations": 2, "block_size": block_size}
+    alone = pruning.prune_one_shot(loss, {"kernel": kernel}, list(inputs), 0.5, **options)
+    everywhere = jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+    spread = pruning.prune_one_shot(loss, {"kernel": everywhere}, list(inputs), 0.5, **options)
+    np.testing.assert_array_equal(spread.mask["kernel"], alone.mask["kernel"])
+    np.testing.assert_allclose(
+        spread.params["kernel"], alone.params["kernel"], rtol=1e-3, atol=1e-5
+    )

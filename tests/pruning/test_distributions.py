@@ -247,7 +247,7 @@ class TestMinDensity:
             by_magnitude(network(), 0.8, min_density=0.25, distribution=distribution)
 
     def test_more_than_n_of_m_is_an_error_too(self):
-        with pytest.raises(ValueError, match="min_density keeps more than"):
+        with pytest.raises(ValueError, match=r"min_density=0\.8 is more than NM"):
             by_magnitude(
                 network(),
                 None,
@@ -261,6 +261,30 @@ class TestMinDensity:
         params["dense"]["kernel"] *= 1e-6
         result = by_magnitude(params, 0.6, min_density=0.1, structure=pruning.WeightBlocks(2))
         assert kept(result)["dense"] >= 0.1 * size("dense")
+
+    @pytest.mark.parametrize(
+        "structure",
+        [pruning.OutputUnits(), pruning.WeightBlocks(4), pruning.WeightBlocks((2, 2))],
+    )
+    def test_units_above_the_share_are_still_pruned(self, structure):
+        keys = jax.random.split(jax.random.key(0))
+        params = {
+            name: {"kernel": jax.random.normal(key, (100, 20))}
+            for name, key in zip("ab", keys, strict=True)
+        }
+        params["a"]["kernel"] *= 1e-6
+        result = by_magnitude(params, 0.5, min_density=0.1, structure=structure)
+        assert result.sparsity == pytest.approx(0.5)
+        assert kept(result)["a"] == 0.1 * 2000
+
+    def test_units_that_must_stay_are_no_sparsity(self):
+        with pytest.raises(ValueError, match="min_density keeps more than the sparsity allows"):
+            by_magnitude(network(), 0.8, min_density=0.5, structure=pruning.OutputUnits())
+
+    def test_n_of_m_keeps_its_share_by_itself(self):
+        params = {"kernel": jax.random.normal(jax.random.key(0), (100, 20))}
+        options = {"structure": pruning.NM(2, 4), "min_density": 0.5}
+        assert by_magnitude(params, None, **options).sparsity == 0.5
 
 
 class TestNormalizedScores:

@@ -412,6 +412,38 @@ def test_features_that_are_always_zero_are_pruned_first(method):
     assert np.all(np.isfinite(result.kernel))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, None])
+def test_features_that_are_always_zero_stay_where_nothing_more_is_to_be_pruned(sparsity):
+    kernel, inputs = problem(outputs=4)
+    inputs[:, 2] = 0
+    mask = np.ones(kernel.shape, bool)
+    mask[5, 1] = sparsity == 0.0
+    result = pruning.prune_layer(kernel, inputs, sparsity, mask=mask)
+    np.testing.assert_array_equal(result.mask, mask)
+    np.testing.assert_array_equal(result.kernel[2], kernel[2])
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"), [(((0, 1), (1, 0)), "finite"), (((1, 1), (1, 1)), "negative")]
+)
+def test_what_is_no_gram_matrix_is_refused(entries, message):
+    matrix = np.eye(6, dtype="f")
+    for place in entries:
+        matrix[place] = np.nan if message == "finite" else -1
+    gram = pruning.InputGram(jnp.asarray(matrix), 64)
+    with pytest.raises(ValueError, match=message):
+        pruning.prune_layer(jnp.ones((6, 3)), gram, 0.5)
+
+
+def test_a_matrix_that_no_small_damping_makes_definite_ends_in_an_error_or_a_result():
+    matrix = np.full((6, 6), 1e30, "f")  # entries beside the diagonal are far larger than it
+    np.fill_diagonal(matrix, 1.0)
+    with pytest.warns(UserWarning, match="damping was raised"):
+        pruning.prune_layer(
+            jnp.ones((6, 3)), pruning.InputGram(jnp.asarray(matrix), 64), 0.5, damping=1e-2
+        )
+
+
 @pytest.mark.parametrize("method", ["obs", "greedy", "wanda", "magnitude"])
 def test_fewer_inputs_than_features_work_and_warn(method):
     kernel, inputs = problem(rows=6)

@@ -91,6 +91,69 @@ def test_erk_prunes_small_layers_less_as_without_inputs(sparsity):
     assert len({layer.sparsity for layer in result.layers}) == 3
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32, bool])
+def test_inputs_of_integers_are_summed_as_the_numbers_they_are(dtype):
+    inputs = jax.random.randint(jax.random.key(3), (64, 8), 0, 120).astype(dtype)
+    result, wide = walk(MLP(), inputs), walk(MLP(), inputs.astype(jnp.float32))
+    jax.tree.map(assert_same, result.params, wide.params)
+    jax.tree.map(np.testing.assert_array_equal, result.mask, wide.mask)
+
+
+def test_a_mask_prunes_what_the_walk_does_not_reach_too():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(8, name="first")(x))
+            return nn.Dense(2, name="head")(Custom(name="own")(x))
+
+    inputs = normal(64, 8)
+    params = params_of(Net(), inputs)
+    params = jax.tree.map(lambda leaf: leaf + 0.01 * normal(*leaf.shape), params)
+    chosen = pruning.prune(params, None, 0.5, method="random", select=lambda *_: True)
+    with pytest.warns(UserWarning, match="1 selected kernels were not pruned"):
+        result = pruning.prune_layers(Net(), params, [inputs], None, mask=chosen.mask)
+    assert [layer.path for layer in result.unseen] == ["own/kernel"]
+    for leaf, kept in zip(
+        jax.tree.leaves(result.params), jax.tree.leaves(chosen.mask), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(kept)], 0)
+    jax.tree.map(np.testing.assert_array_equal, result.mask, chosen.mask)
+
+
+def test_a_layer_whose_inputs_are_zero_is_named_and_left():
+    inputs = normal(64, 8)
+    params = params_of(MLP(), inputs)
+    params["first"]["bias"] = jnp.full(16, -100.0)
+    params["second"]["bias"] = jnp.ones(12)
+    with pytest.warns(UserWarning, match="second/kernel: its inputs are zero throughout"):
+        result = pruning.prune_layers(MLP(), params, [inputs], 0.5)
+    assert [layer.path for layer in result.layers] == ["first/kernel", "head/kernel"]
+
+
+class Doubled(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        return super().__call__(2 * inputs)
+
+
+class Standardized(nn.Dense):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value / jnp.linalg.norm(value) if name == "kernel" else value
+
+
+class Renamed(nn.Dense):
+    """Nothing of its own."""
+
+
+@pytest.mark.parametrize("layer", [Doubled, Standardized])
+def test_a_subclass_that_changes_its_layer_is_named(layer):
+    model = nn.Sequential([layer(8), Renamed(4)])
+    with pytest.warns(UserWarning, match="layers_0/kernel: its class changes what Flax's layer"):
+        result = walk(model, normal(64, 8))
+    assert [layer.path for layer in result.layers] == ["layers_1/kernel"]
+
+
 def test_batches_may_come_from_an_iterator():
     inputs = normal(64, 8)
     params = params_of(MLP(), inputs)
@@ -519,6 +582,9 @@ def test_nnx_layers_inside_transforms_are_named():
         ({"structure": pruning.NM(2, 5), "sparsity": None}, "first/kernel: 5 does not divide its"),
         ({"select": lambda path, leaf: False}, "select chooses no leaf of params"),
         ({"batches": []}, "batches are empty"),
+        ({"batches": jnp.ones((64, 8))}, "batches must be an iterable of batches, got one array"),
+        ({"sparsity": {}}, "at least one pattern"),
+        ({"sparsity": {"(": 0.5}}, "sparsity's keys are patterns"),
         ({"batches": [jnp.full((9, 8), jnp.nan)]}, "the inputs of first/kernel must be finite"),
         ({"params": None}, "params of a Linen module must be given"),
         ({"mask": {"first": np.ones(3, bool)}}, "mask must match params"),

@@ -302,6 +302,12 @@ class TestTiedWeights:
             left_out = call(select=lambda path, leaf: path == "c/kernel")
             assert left_out.params["a"]["kernel"] is left_out.params["b"]["kernel"]
 
+    def test_one_that_is_also_an_embedding_is_an_error_too(self):
+        table = jnp.ones((6, 4))
+        params = {"wte": {"embedding": table}, "head": {"kernel": table}}
+        with pytest.raises(ValueError, match="head/kernel and wte/embedding are the same array"):
+            by_magnitude(params, 0.5)
+
     def test_equal_arrays_that_are_not_one_are_pruned_apart(self):
         params = {name: {"kernel": jnp.ones((4, 4))} for name in "ab"}
         assert by_magnitude(params, 0.25).layers[0].kept == 8

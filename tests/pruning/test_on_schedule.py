@@ -710,6 +710,13 @@ def test_a_share_of_billions_is_near():
 # Errors.
 
 
+@pytest.mark.parametrize("axis", [2, -3])
+def test_an_axis_that_a_leaf_does_not_have_is_an_error(axis):
+    tx = pruning.prune_on_schedule(0.5, optax.sgd(0.1), structure=pruning.NM(2, 4, axis))
+    with pytest.raises(ValueError, match=r"names an axis that kernel of shape \(4, 8\) does not"):
+        tx.init({"kernel": jnp.ones((4, 8))})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

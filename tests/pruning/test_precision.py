@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import curvax
+from curvax import pruning
 
 from . import problems
 
@@ -51,6 +52,15 @@ def pruned(weights, rows, sparsity, **options):
     params, grads = {"weight": jnp.asarray(weights)}, {"weight": jnp.asarray(rows)}
     result = problems.prune(params, grads, sparsity, damping=DAMPING, **options)
     return result.params["weight"], result.mask["weight"]
+
+
+@pytest.mark.parametrize("method", ["obs", "fisher", "magnitude"])
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_weights_whose_squares_float32_cannot_hold_are_ordered(scale, method):
+    weights = np.float32(scale) * jnp.array([[3.0, 1.0], [2.0, 4.0]])
+    rows = 1e-3 * jnp.ones((4, 2, 2))
+    result = pruning.prune({"kernel": weights}, {"kernel": rows}, 0.5, method=method)
+    np.testing.assert_array_equal(result.mask["kernel"], [[True, False], [False, True]])
 
 
 @pytest.mark.parametrize("block_size", [32, None])

@@ -77,6 +77,18 @@ class TestLinen:
         found = pruning.reestimate_statistics(update, params, statistics, batches)
         assert_trees_close(found, means_and_variances(params, batches))
 
+    @every_momentum
+    def test_statistics_in_bfloat16_are_as_right_as_it_has_digits(self, momentum):
+        params, statistics, update = linen(momentum)
+        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), statistics)
+        batches = batches_of(0, scale=3.0, shift=20.0)
+        found = pruning.reestimate_statistics(update, params, narrow, batches)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(np.asarray(a, float), b, rtol=1e-2, atol=1e-2),
+            found,
+            means_and_variances(params, batches),
+        )
+
     def test_the_momentum_and_the_old_values_do_not_matter(self):
         batches = batches_of(0)
         found = []

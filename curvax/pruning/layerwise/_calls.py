@@ -1,7 +1,7 @@
 """How a layer of Flax, Linen or NNX, reads its inputs: as rows of features for its kernel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,17 @@ from curvax._layouts import KernelLayout
 from curvax.pruning.layerwise._gram import conv_patches
 
 Shape = tuple[int, ...]
+_SUBCLASS = "subclass"
+
+
+def kind_of(layer: Any, kinds: Mapping[Any, str], methods: Sequence[str]) -> str | None:
+    """Which of Flax's layers this is; a kind without a reader if its class has own ``methods``."""
+    base = next((base for base in kinds if isinstance(layer, base)), None)
+    if base is None:
+        return None
+    if any(getattr(type(layer), name) is not getattr(base, name) for name in methods):
+        return _SUBCLASS
+    return kinds[base]
 
 
 class Reader(NamedTuple):
@@ -43,7 +54,7 @@ def reader_of(kind: str, layer: Any, kernel_shape: Shape, rank: int) -> Reader |
     """How a layer reads its inputs, or why that is not known.
 
     Args:
-      kind: ``"dense"``, ``"general"``, ``"conv"`` or ``"einsum"``.
+      kind: as `kind_of` says, ``"dense"``, ``"general"``, ``"conv"`` or ``"einsum"``.
       layer: a layer of Linen or NNX of that kind.
       kernel_shape: the shape of its kernel among the parameters.
       rank: the number of axes of its inputs.
@@ -51,20 +62,21 @@ def reader_of(kind: str, layer: Any, kernel_shape: Shape, rank: int) -> Reader |
     Returns:
       The reader, or a reason.
     """
+    if kind == _SUBCLASS:
+        return "its class changes what Flax's layer does"
     if kind == "einsum":
         found = _einsum(layer.einsum_str, rank)
+    elif kind == "conv":
+        found = _conv(layer)
+    elif kind == "general":
+        found = _general(layer, rank)
     else:
-        found = {"dense": _dense, "general": _general, "conv": _conv}[kind](layer, rank)
+        found = Reader(KernelLayout(fan_in=(0,), fan_out=(1,)))
     if isinstance(found, str):
         return found
     if len(found.layout.letters) != len(kernel_shape):
         return f"its kernel of shape {kernel_shape} is stacked, by nn.scan or vmap for example"
     return found
-
-
-def _dense(layer: Any, rank: int) -> Reader:
-    del layer, rank
-    return Reader(KernelLayout(fan_in=(0,), fan_out=(1,)))
 
 
 def _general(layer: Any, rank: int) -> Reader | str:
@@ -78,8 +90,7 @@ def _general(layer: Any, rank: int) -> Reader | str:
     return Reader(layout, tuple(axis - rank for axis in axes))
 
 
-def _conv(layer: Any, rank: int) -> Reader | str:
-    del rank
+def _conv(layer: Any) -> Reader | str:
     if layer.feature_group_count != 1:
         return "its convolution has groups, each with inputs of its own"
     if any(size != 1 for size in _as_tuple(layer.input_dilation or 1)):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_size
-from curvax._trees import widen
 from curvax.fisher._cholesky import HIGHEST
 
 Shape = tuple[int, ...]
@@ -107,8 +106,8 @@ def as_rows(array: Any, fan_in: Shape | None) -> jax.Array:
 
 @jax.jit
 def gram_of(rows: jax.Array) -> jax.Array:
-    """$X^T X$ of rows of shape (n, features), in float32 or wider."""
-    wide = widen(rows)
+    """$X^T X$ of rows of shape (n, features), in float32 or wider, of integers too."""
+    wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
     return jnp.matmul(wide.T, wide, precision=HIGHEST)
 
 

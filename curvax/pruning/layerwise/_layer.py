@@ -26,7 +26,8 @@ class LayerResult(NamedTuple):
       error: $\|X (W - \hat W)\|^2 / \|X W\|^2$ on the given inputs.
       damping: the $\lambda$ that was added to the diagonal of $X^T X / n$.
       num_rows: the number of inputs $n$.
-      num_dead: how many input features are zero in all inputs; their weights are pruned.
+      num_dead: how many input features are zero in all inputs; their weights are the first that
+        are pruned.
     """
 
     kernel: jax.Array
@@ -251,17 +252,20 @@ def pruned_layer(
     weights = as_matrix(kernel).astype(dtype)
     matrix = gram.matrix.astype(dtype)
     dead = np.asarray(jnp.diagonal(matrix) == 0)
-    if not bool(jnp.isfinite(jnp.trace(matrix))):
+    if not bool(jnp.all(jnp.isfinite(matrix))):
         raise ValueError("inputs must be finite, got NaN or infinity in their Gram matrix.")
+    if bool(jnp.any(jnp.diagonal(matrix) < 0)):
+        raise ValueError("inputs have a negative diagonal in their Gram matrix: it is none.")
     if dead.all():
         raise ValueError("inputs are zero throughout: no weight of this layer matters to them.")
     pruned = np.zeros(weights.shape, bool) if mask is None else ~np.asarray(as_matrix(mask))
-    pruned = pruned | dead[:, np.newaxis]
-    target = _target(sparsity or 0.0, kernel.size)
-    fixed = sparsity is None and options.structure is None
-    new, chosen, damping = pruned_matrix(
-        weights, matrix, pruned, None if fixed else target, options
-    )
+    target = None
+    if options.structure is not None or sparsity is not None:
+        target = _target(sparsity or 0.0, kernel.size)
+        room = kernel.size if options.structure else target - np.count_nonzero(pruned)
+        idle = np.flatnonzero(~pruned & dead[:, np.newaxis])
+        pruned.flat[idle[: max(0, room)]] = True
+    new, chosen, damping = pruned_matrix(weights, matrix, pruned, target, options)
     rounded = new.astype(kernel.dtype)
     return LayerResult(
         as_kernel(rounded),

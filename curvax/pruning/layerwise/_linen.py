@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import PyTree, named_leaves
-from curvax.pruning.layerwise._calls import Reader
+from curvax.pruning.layerwise._calls import Reader, kind_of
 from curvax.pruning.layerwise._model import Arguments, Model, Recorder, Sums, sums_of
 
 _COLLECTION, _NAME = "curvax", "sums"
@@ -55,7 +55,7 @@ def _kind(module: Any) -> str | None:
     import flax.linen as nn
 
     kinds = {nn.Dense: "dense", nn.DenseGeneral: "general", nn.Conv: "conv", nn.Einsum: "einsum"}
-    return next((kind for layer, kind in kinds.items() if isinstance(module, layer)), None)
+    return kind_of(module, kinds, ("__call__", "param"))
 
 
 def _sow(module: Any, reader: Reader, inputs: jax.Array, kernel: jax.Array) -> bool:

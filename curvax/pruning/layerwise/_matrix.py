@@ -52,11 +52,11 @@ def pruned_matrix(
         new = least_squares(weights, damped, chosen, weights if first is None else first)
     elif update == "none":
         new = jnp.where(chosen, 0, weights)
-    elif first is None and factor is not None:
-        new = swept(weights, factor, chosen, block_size=options.block_size)[0]
-    else:
-        assert first is not None
+    elif first is not None:
         new = first
+    else:
+        assert factor is not None
+        new = swept(weights, factor, chosen, block_size=options.block_size)[0]
     back = np.argsort(places)
     return new[back], chosen[back], damping
 
@@ -122,12 +122,14 @@ def _damped(gram: jax.Array, damping: float) -> jax.Array:
 def _factored(gram: jax.Array, damping: float) -> tuple[jax.Array, float]:
     """The factor, with the least of some dampings, from the given one on, that makes it finite."""
     least = float(jnp.finfo(gram.dtype).eps * _scale(gram))
+    enough = float(jnp.max(jnp.sum(jnp.abs(gram), axis=1)))  # for any symmetric matrix
     used = damping
-    # At the last of them, any Gram matrix of that size is positive definite.
     while True:
         factor = upper_factor(_damped(gram, used))
         if bool(jnp.all(jnp.isfinite(jnp.diagonal(factor)))):
             break
+        if not used <= 10 * enough:
+            raise ValueError("the Gram matrix of the inputs cannot be factored: it is none.")
         used = max(10 * used, least)
     if used != damping:
         warnings.warn(

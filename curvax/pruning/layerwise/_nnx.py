@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from curvax._trees import PyTree, named_leaves
+from curvax.pruning.layerwise._calls import kind_of
 from curvax.pruning.layerwise._model import Arguments, Model, Recorder, Sums, sums_of
 
 
@@ -97,4 +98,4 @@ def _kind(node: Any) -> str | None:
         nnx.Conv: "conv",
         nnx.Einsum: "einsum",
     }
-    return next((kind for layer, kind in kinds.items() if isinstance(node, layer)), None)
+    return kind_of(node, kinds, ("__call__",))

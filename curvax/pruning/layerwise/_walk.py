@@ -14,7 +14,13 @@ from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
 from curvax.pruning._structures import NM
 from curvax.pruning._targets import erk_sparsities, members_by_pattern
-from curvax.pruning._weights import Skipped, check_mask, chosen_leaves, is_kernel
+from curvax.pruning._weights import (
+    Skipped,
+    check_mask,
+    check_not_tied,
+    chosen_leaves,
+    is_kernel,
+)
 from curvax.pruning.layerwise._gram import InputGram
 from curvax.pruning.layerwise._layer import LayerResult, check_layer, pruned_layer
 from curvax.pruning.layerwise._linen import LinenModel
@@ -89,7 +95,8 @@ def prune_layers(
       distribution: "uniform" gives each layer the sparsity; "erk" (Erdős-Rényi-Kernel) prunes small
         layers less and large ones more, as `prune` does.
       structure: see ``method``.
-      mask: a tree of bool like ``params``, False for weights that are pruned in any case.
+      mask: a tree of bool like ``params``, False for weights that are pruned in any case: the
+        layers that are pruned make up for them, and elsewhere they just become zero.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
       damping: see ``method``.
       block_size: see ``method``.
@@ -136,6 +143,7 @@ def prune_layers(
     fitting = [call for call in calls.seen if call.path not in unfit]
     reasons = _reasons(targets, calls._replace(seen=fitting, reasons={**calls.reasons, **unfit}))
     groups = _groups(fitting)
+    leaves.cut(leaves.params.keys() - {call.path for call in fitting})
     for first in (call for group in groups for call in group):
         check_layer(
             first.path,
@@ -148,13 +156,17 @@ def prune_layers(
     layers: list[PrunedLayer] = []
     with progress_bar(len(groups), "layers", progress) as advance:
         for group in groups:
-            grams = _grams(walked, leaves.params_tree(), batches, [c.path for c in group], reasons)
+            paths = [call.path for call in group]
+            grams = _grams(walked, leaves.params_tree(), batches, paths, reasons)
+            leaves.cut(set(paths) - grams.keys())
             for path, reader, _ in (call for call in group if call.path in grams):
                 kernel, kept, gram = leaves.params[path], leaves.given(path), grams[path]
                 result = pruned_layer(kernel, gram, targets[path], options, reader.layout, kept)
                 leaves.put(path, result)
                 layers.append(_pruned(path, result, len(gram.matrix)))
             advance()
+    if not layers:
+        raise _nothing_pruned(reasons)
     unseen = tuple(Skipped(path, reason) for path, reason in reasons.items())
     _warn(layers, unseen)
     return LayersResult(leaves.params_tree(), leaves.mask_tree(), tuple(layers), unseen)
@@ -175,6 +187,13 @@ class _Leaves:
     def given(self, path: str) -> Any | None:
         kept = self._given.get(path)
         return None if kept is None else jnp.broadcast_to(kept, self.params[path].shape)
+
+    def cut(self, paths: Iterable[str]) -> None:
+        """Applies the given mask to leaves whose kept weights cannot make up for it."""
+        for path in paths:
+            kept = self._given.get(path)
+            if kept is not None and not bool(jnp.all(kept)):
+                self.params[path] = jnp.where(kept, self.params[path], 0)
 
     def put(self, path: str, result: LayerResult) -> None:
         self.params[path], self._mask[path] = result.kernel, result.mask
@@ -209,6 +228,11 @@ def _model_and_params(
 
 
 def _first(batches: Iterable[Any]) -> Arguments:
+    if hasattr(batches, "shape"):
+        raise ValueError(
+            f"batches must be an iterable of batches, got one array of shape {batches.shape}: give "
+            "[inputs], or a list of parts of it."
+        )
     for batch in batches:
         return _arguments(batch)
     raise ValueError("batches are empty: give at least one, the arguments of the model's call.")
@@ -228,6 +252,7 @@ def _targets(
             name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
             check_range(name, value, low=0.0, high=1.0, open_high=True)
     leaves = chosen_leaves(params, select, "auto")
+    check_not_tied(leaves, params)
     targets: dict[int, float | None] = {}
     for pattern, members in members_by_pattern([leaf.path for leaf in leaves], patterns).items():
         value = patterns[pattern]
@@ -274,12 +299,16 @@ def _reasons(targets: Iterable[str], calls: Calls) -> dict[str, str]:
     unknown = "no layer of Flax is called that has it as its kernel"
     reasons = {path: calls.reasons.get(path, unknown) for path in targets if path not in seen}
     if not seen:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-        raise ValueError(
-            f"the inputs of none of the selected layers can be taken ({listed}): give prune_layer "
-            "the kernels and their inputs, or choose other layers with select."
-        )
+        raise _nothing_pruned(reasons)
     return reasons
+
+
+def _nothing_pruned(reasons: dict[str, str]) -> ValueError:
+    listed = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+    return ValueError(
+        f"the inputs of none of the selected layers can be taken ({listed}): give prune_layer "
+        "the kernels and their inputs, or choose other layers with select."
+    )
 
 
 def _grams(
@@ -301,6 +330,8 @@ def _grams(
             )
         if float(total.mismatch) > _LARGEST_MISMATCH:
             reasons[path] = "it computes with a kernel derived from the parameter"
+        elif float(jnp.trace(total.gram)) == 0:
+            reasons[path] = "its inputs are zero throughout"
         else:
             grams[path] = InputGram(total.gram / rows, rows)
     return grams
