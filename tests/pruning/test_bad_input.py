@@ -167,7 +167,7 @@ def test_a_mask_that_has_pruned_everything_is_an_error():
 
 
 def test_keys_of_sparsities_are_patterns():
-    with pytest.raises(ValueError, match="keys are patterns that re.search takes, got 0"):
+    with pytest.raises(ValueError, match=r"keys are patterns that re\.search takes, got 0"):
         prune({0: 0.5})
 
 
