@@ -492,6 +492,7 @@ def test_the_second_layer_of_a_shape_compiles_nothing(caplog):
     ("options", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must be a number in \[0.0, 1.0\)"),
+        ({"sparsity": 1 - 1e-9}, "would leave none of the"),
         ({"sparsity": -0.1}, r"sparsity must be a number in \[0.0, 1.0\)"),
         ({"sparsity": None}, "sparsity=None needs a mask"),
         ({"method": "fisher"}, "method must be one of 'obs', 'greedy', 'wanda', 'magnitude'"),

@@ -410,6 +410,7 @@ def test_layers_inside_vmap_are_named():
     [
         (nn.Conv(8, (3,), feature_group_count=2), "has groups"),
         (nn.Conv(8, (3,), padding=1, input_dilation=2), "dilates the inputs"),
+        (nn.Conv(8, (3,), padding="SAME_LOWER"), "padding 'SAME_LOWER' is none that is known"),
         (nn.ConvTranspose(8, (3,)), "no layer of Flax"),
         (nn.Einsum((5, 4, 8), "abi,bio->abo"), "batch axes in the kernel"),
         (nn.DenseGeneral(8, batch_dims=(0,)), "batch axes"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._layouts import KernelLayout
-from curvax.pruning.layerwise._gram import conv_patches
+from curvax.pruning.layerwise._gram import PADDINGS, conv_patches
 
 Shape = tuple[int, ...]
 _SUBCLASS = "subclass"
@@ -97,6 +97,8 @@ def _conv(layer: Any) -> Reader | str:
         return "its convolution dilates the inputs"
     if layer.mask is not None:
         return "its convolution has a mask of its own"
+    if isinstance(layer.padding, str) and layer.padding not in PADDINGS:
+        return f"its padding {layer.padding!r} is none that is known here"
     window = _as_tuple(layer.kernel_size)
     last = len(window)
     layout = KernelLayout(spatial=tuple(range(last)), fan_in=(last,), fan_out=(last + 1,))

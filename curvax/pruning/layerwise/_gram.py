@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Padding = str | int | Sequence[int | tuple[int, int]]
 Inputs = Any  # an array, an iterable of arrays, or an InputGram
 
-_PADDINGS = "'SAME', 'VALID', 'CIRCULAR', 'REFLECT', 'CAUSAL'"
+PADDINGS = ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 class InputGram(NamedTuple):
@@ -204,7 +204,8 @@ def _padded(
         sizes = images.shape[lead:-1]
         pads = [(int(a), int(b)) for a, b in jax.lax.padtype_to_pads(sizes, spans, steps, padding)]
     elif isinstance(padding, str):
-        raise ValueError(f"padding must be one of {_PADDINGS} or numbers, got {padding!r}.")
+        names = ", ".join(map(repr, PADDINGS))
+        raise ValueError(f"padding must be one of {names} or numbers, got {padding!r}.")
     else:
         each = [padding] * len(spans) if isinstance(padding, int) else padding
         pads = [(pad, pad) if isinstance(pad, int) else (pad[0], pad[1]) for pad in each]

@@ -190,6 +190,11 @@ def check_layer(
         )
     if sparsity is not None:
         check_range("sparsity", sparsity, low=0.0, high=1.0, open_high=True)
+        if _target(sparsity, kernel.size) == kernel.size:
+            raise ValueError(
+                f"sparsity={sparsity} would leave none of the {kernel.size} weights of {path}: "
+                "lower it."
+            )
     if options.structure is not None:
         _check_n_of_m(path, kernel.shape[axes.fan_in[-1]], sparsity, options.structure)
     elif sparsity is None and mask is None:
