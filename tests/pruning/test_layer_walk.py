@@ -583,7 +583,6 @@ def test_nnx_layers_inside_transforms_are_named():
         ({"structure": pruning.NM(2, 5), "sparsity": None}, "first/kernel: 5 does not divide its"),
         ({"select": lambda path, leaf: False}, "select chooses no leaf of params"),
         ({"batches": []}, "batches are empty"),
-        ({"batches": jnp.ones((64, 8))}, "batches must be an iterable of batches, got one array"),
         ({"sparsity": {}}, "at least one pattern"),
         ({"sparsity": {"(": 0.5}}, "sparsity's keys are patterns"),
         ({"batches": [jnp.full((9, 8), jnp.nan)]}, "the inputs of first/kernel must be finite"),

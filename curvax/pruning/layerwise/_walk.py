@@ -82,7 +82,7 @@ def prune_layers(
         ``nnx.state(model, nnx.Param)``, which is also what `LayersResult.params` is like:
         ``nnx.update(model, result.params)``.
       batches: an iterable of the arguments of the call: for each batch a tuple or list of them, or
-        a single one. An iterator is read into a list first.
+        a single one; all inputs at once are ``[inputs]``. An iterator is read into a list first.
       sparsity: as `prune_layer` takes it, for each layer; or a mapping of patterns (``re.search``
         on paths) to sparsities, of which the first match counts, and kernels that match none are
         not pruned.
@@ -228,11 +228,6 @@ def _model_and_params(
 
 
 def _first(batches: Iterable[Any]) -> Arguments:
-    if hasattr(batches, "shape"):
-        raise ValueError(
-            f"batches must be an iterable of batches, got one array of shape {batches.shape}: give "
-            "[inputs], or a list of parts of it."
-        )
     for batch in batches:
         return _arguments(batch)
     raise ValueError("batches are empty: give at least one, the arguments of the model's call.")
