@@ -61,7 +61,8 @@ def write_report() -> None:
     (RESULTS / "tables.md").write_text("\n".join(page(runs)) + "\n")
     document = DOCS / "pruning.md"
     document.write_text(with_tables(document.read_text(), runs))
-    plot(runs).savefig(DOCS / "images" / "pruning.png", dpi=150)
+    if figure := plot(runs):
+        figure.savefig(DOCS / "images" / "pruning.png", dpi=150)
 
 
 def with_tables(text: str, runs: Runs) -> str:
@@ -78,7 +79,7 @@ def with_tables(text: str, runs: Runs) -> str:
 
 def page(runs: Runs) -> Iterator[str]:
     """All tables."""
-    yield "`cd benchmarks; python -m sparsity --data-dir DIR`; mean ± deviation over seeds."
+    yield "`cd benchmarks; python -m sparsity --data-dir DIR`"
     for network in RECIPES:
         own = {cell: run for cell, run in runs.items() if cell.network == network}
         if own:
@@ -90,17 +91,19 @@ def page(runs: Runs) -> Iterator[str]:
 
 def metric_table(runs: Runs, metric: Metric) -> Iterator[str]:
     """A row for each method, a column for each target."""
-    values = defaultdict(list)
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for cell, run in sorted(runs.items()):
-        values[cell.method, cell.target].append(metric.of(run))
-    targets = _targets(runs)
-    dense = next((v for (method, _), v in values.items() if method == "dense"), [])
+        target = "" if cell.method == "dense" else cell.target
+        values[cell.method, target][cell.seed] = metric.of(run)
+    targets, dense = _targets(runs), values["dense", ""]
     (network,) = {cell.network for cell in runs}
-    yield f"**{network}.** {metric.words}; of the dense networks {_cell(dense, metric.digits)}.\n"
+    whole = _cell(dense, metric.digits, {})
+    seeds = f"{len(dense)} seed{'s' * (len(dense) != 1)}"
+    yield f"**{network}.** {metric.words}; of the dense networks {whole}, {seeds}.\n"
     yield "| method | " + " | ".join(Target.of(target).name for target in targets) + " |"
     yield "| --- |" + " ---: |" * len(targets)
     for method in (*METHODS, *SETTINGS):
-        cells = [_cell(values.get((method, target), []), metric.digits) for target in targets]
+        cells = [_cell(values[method, target], metric.digits, dense) for target in targets]
         if any(cells):
             yield f"| {method} | " + " | ".join(cells) + " |"
 
@@ -123,15 +126,22 @@ def _targets(runs: Runs) -> list[str]:
     return sorted(names, key=lambda name: (":" in name, name))
 
 
-def _cell(values: list[float], digits: int) -> str:
+def _cell(values: dict[int, float], digits: int, dense: dict[int, float]) -> str:
+    """The mean network's value plus what is lost against the same seed's: mean and deviation.
+
+    The mean network is that of all seeds, also where a method was run with some of them.
+    """
     if not values:
         return ""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    lost = [value - dense.get(seed, 0.0) for seed, value in values.items()]
+    mean = np.mean(lost) + (np.mean(list(dense.values())) if dense else 0)
+    spread = f" ± {np.std(lost, ddof=1):.{digits}f}" if len(lost) > 1 else ""
+    few = f" ({len(lost)} seed{'s' * (len(lost) > 1)})" if len(lost) < len(dense) else ""
+    return f"{mean:.{digits}f}{spread}{few}"
 
 
 def plot(runs: Runs) -> Any:
-    """The metric over sparsity, a panel for each network with enough of them: a figure."""
+    """The metric over sparsity, a panel for each network with enough of them: a figure, or None."""
     from matplotlib.figure import Figure  # where it is drawn
 
     panels = {
@@ -139,9 +149,11 @@ def plot(runs: Runs) -> Any:
         for network in RECIPES
         if (curves := curves_of(runs, network)) and max(map(len, curves.values())) >= _FEWEST
     }
+    if not panels:
+        return None
     figure = Figure(figsize=(4 * len(panels) + 0.4, 3.8), layout="constrained")
-    drawn = figure.subplots(1, len(panels) or 1, squeeze=False)[0]
-    for axes, (network, curves) in zip(drawn, panels.items(), strict=False):
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (network, curves) in zip(drawn, panels.items(), strict=True):
         for method, curve in curves.items():
             style = {"color": SHOWN[method], "label": method, "markersize": 3}
             axes.plot(list(curve), [np.mean(values) for values in curve.values()], "o-", **style)

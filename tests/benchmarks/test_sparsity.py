@@ -145,6 +145,19 @@ def test_a_table_has_the_mean_and_deviation_of_each_method_and_target():
     assert "| magnitude | 2 | 1 |" in lines
 
 
+def test_a_method_with_fewer_seeds_is_compared_with_the_networks_of_these():
+    losses = {"dense": (1.0, 2.0, 3.0), "magnitude": (1.5, 3.5, None)}
+    runs = {
+        Cell("shakespeare", method, "0.5", seed): {"loss": np.log(perplexity)}
+        for method, perplexities in losses.items()
+        for seed, perplexity in enumerate(perplexities)
+        if perplexity
+    }
+    lines = list(report.metric_table(runs, report.METRICS["shakespeare"]))
+    assert "of the dense networks 2.000 ± 1.000, 3 seeds." in lines[0]
+    assert lines[-1] == "| magnitude | 3.000 ± 0.707 (2 seeds) |"
+
+
 def test_the_picture_has_a_panel_for_each_network_with_three_sparsities():
     numbers = {"loss": 1.0, "error": 0.5}
     targets = {"shakespeare": ("0.5", "2:4", "0.8"), "cifar-resnet": ("0.9", "0.5", "0.8")}
