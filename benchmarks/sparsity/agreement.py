@@ -22,7 +22,7 @@ from sparsity.methods import PUBLISHED, gradient_batches
 from sparsity.networks import Network
 from sparsity.report import RESULTS
 
-BLOCK_SIZE, DAMPING = 128, 1e-5
+BLOCK_SIZE = 128
 SPARSITIES = (0.5, 0.9, 0.98)
 
 
@@ -62,7 +62,7 @@ def run(
     def by_recurrences(dtype: Any = np.float32) -> np.ndarray:
         number = int(sparsity * len(weights))
         return published.without_the_lowest(
-            weights.astype(dtype), grads.astype(dtype), number, DAMPING, BLOCK_SIZE
+            weights.astype(dtype), grads.astype(dtype), number, PUBLISHED["damping"], BLOCK_SIZE
         )
 
     def by_curvax() -> np.ndarray:

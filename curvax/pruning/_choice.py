@@ -20,7 +20,7 @@ def weights_to_prune(
     for span in spans:
         if options.normalize_scores and weights.alive[span].any():
             own[span] /= np.mean(own[span], where=weights.alive[span]) or 1.0
-        if options.structure is None:
+        if options.structure is None and options.min_density:
             _protect(own[span], np.ones(span.stop - span.start), options.min_density)
     gone = np.zeros(len(own), bool)
     for pool in pools:

@@ -435,7 +435,7 @@ def test_what_is_no_gram_matrix_is_refused(entries, message):
         pruning.prune_layer(jnp.ones((6, 3)), gram, 0.5)
 
 
-def test_a_matrix_that_no_small_damping_makes_definite_ends_in_an_error_or_a_result():
+def test_a_matrix_that_only_a_large_damping_makes_definite_is_damped_with_a_warning():
     matrix = np.full((6, 6), 1e30, "f")  # entries beside the diagonal are far larger than it
     np.fill_diagonal(matrix, 1.0)
     with pytest.warns(UserWarning, match="damping was raised"):
