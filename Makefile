@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# A worker that ends by itself is not replaced: what it did would be repeated, or waited for.
+PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu bench-training docs notebooks \
@@ -25,7 +27,7 @@ QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev
 		&& export XLA_FLAGS=$(QUICK);
 
 test: $(VENV)/.test
-	$(QUICKLY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # The benchmark of accelerators at sizes for a test, and nothing of it is kept.
 bench-tiny: $(VENV)/.test
@@ -34,7 +36,7 @@ bench-tiny: $(VENV)/.test
 # Programs compiled for TPUs, on a machine without any. The compiler has an environment of its own:
 # where it is installed, JAX looks for TPUs and complains that there are none.
 test-tpu: .venv-tpu/.ready
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/tpu $(ARGS)
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest $(PARALLEL) tests/tpu $(ARGS)
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import is_traced, warn_of_batch_stats
+from curvax._settled import settled
 from curvax._trees import Differentiable, Leaves, PyTree, Select, path_name, tree_norm, widen
 from curvax.curvature._batch_loss import WeightedTargets
 from curvax.curvature._batches import as_arguments, num_examples
@@ -111,7 +112,7 @@ class BatchMean:
         total: Leaves = [jnp.zeros_like(leaf) for leaf in given]
         weights: Any = 0.0
         for weight, add in self._terms(traced=any(map(is_traced, [*given, *total]))):
-            total = add(stacked, total, weight, given)
+            total = settled(add(stacked, total, weight, given))
             weights += weight
         if not is_traced(weights) and not weights > 0:
             raise ValueError("batches are empty: an operator needs at least one example.")
@@ -135,10 +136,10 @@ class BatchMean:
     def _linear_parts(self) -> list[tuple[float, Any]]:
         if self._linear is None:
             zeros = [jnp.zeros_like(leaf) for leaf in self.part.select(self.part.leaves)]
-            self._linear = [
-                (weight, self.compiled.linearized(self.part, arguments, zeros))
-                for weight, arguments in self._pass()
-            ]
+            self._linear = []
+            for weight, arguments in self._pass():
+                linear = self.compiled.linearized(self.part, arguments, zeros)
+                self._linear.append((weight, settled(linear)))
         return self._linear
 
     def _pass(self) -> Iterable[tuple[Any, tuple[Any, ...]]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._progress import progress_bar
+from curvax._settled import settled
 from curvax._trees import Differentiable, PyTree, Tree, is_inexact, path_name, wide_dtype, widen
 from curvax.curvature._batches import as_arguments, num_examples, parts
 from curvax.curvature._compiled import compiled_once
@@ -155,7 +156,7 @@ def _means(
         sums, number = None, 0
         for part, count in parts(arguments, size):
             scaled = jax.tree.map(lambda g, n=count: n * widen(g), gradient(params, part))
-            sums = scaled if sums is None else jax.tree.map(jnp.add, sums, scaled)
+            sums = settled(scaled if sums is None else jax.tree.map(jnp.add, sums, scaled))
             number += count
         yield jax.tree.map(lambda g, n=number: g / n, sums)
 

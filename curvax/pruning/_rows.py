@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax._settled import settled
 from curvax._trees import PyTree
 from curvax.fisher.inverse._column_blocks import automatic_mesh
 from curvax.fisher.window._dense import replicated
@@ -119,7 +120,7 @@ class DeviceRows:
             self._buffer, finite = _insert(
                 self._buffer, chosen, self._order, self.num_rows, self._leaves
             )
-        self._finite.append(finite)
+        self._finite.append(settled(finite))
         self.num_rows += 1
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax._settled import settled
 from curvax._trees import PyTree, Tree, is_inexact, wide_dtype
 from curvax.curvature._batches import as_arguments
 from curvax.curvature._compiled import compiled_once
@@ -51,7 +52,7 @@ def reestimate_statistics(
     mean = None
     for number, batch in enumerate(batches, 1):
         own = of_batch(params, statistics, as_arguments(batch))
-        mean = own if mean is None else _moved(mean, own, number)
+        mean = settled(own if mean is None else _moved(mean, own, number))
     if mean is None:
         raise ValueError("batches must hold at least one batch to estimate statistics from.")
     return jax.tree.map(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_count, warn_of_batch_stats
+from curvax._settled import settled
 from curvax._trees import Differentiable, PyTree, Tree, tree_norm, widen
 from curvax.curvature._batches import num_examples, parts
 from curvax.curvature._compiled import compiled_once
@@ -85,7 +86,7 @@ def ntk_gram(
     blocks = []
     for piece in pieces:
         rows = jacobian.rows(params, piece)
-        columns = [jacobian.images(params, other, rows) for other in pieces]
+        columns = [settled(jacobian.images(params, other, rows)) for other in pieces]
         blocks.append(jnp.concatenate(columns, axis=1))
     gram = jnp.concatenate(blocks, axis=0)
     return (gram + gram.T) / 2

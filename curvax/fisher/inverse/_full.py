@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax._settled import settled
 from curvax.fisher._cholesky import HIGHEST, InverseFactor, inverse_factor
 from curvax.fisher.inverse._columns import Columns, Layout
 from curvax.fisher.inverse._gram import gram, squares_below
@@ -64,7 +65,7 @@ class FullInverse:
     ) -> "FullInverse":
         """Factors $K$."""
         total = sum(
-            (gram(part.rows) for part in columns.parts(workspace_bytes)),
+            (settled(gram(part.rows)) for part in columns.parts(workspace_bytes)),
             start=jnp.zeros((columns.num_rows,) * 2, columns.dtype),
         )
         factor = _damped_factor(total, normalizer * damping)
@@ -141,7 +142,7 @@ class FullInverse:
     def _dots(self, vectors: Leaves) -> jax.Array:
         """$G v$."""
         parts = self.columns.parts(self.workspace_bytes)
-        sums = [leaf_dots(part.rows, part.of(vectors[part.leaf])) for part in parts]
+        sums = [settled(leaf_dots(part.rows, part.of(vectors[part.leaf]))) for part in parts]
         return pairwise_sum(jnp.stack(sums, axis=1))
 
     def _combine(self, weights: jax.Array) -> list[jax.Array]:
