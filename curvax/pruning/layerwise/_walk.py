@@ -50,7 +50,7 @@ def prune_layers(
     call: str | Callable[..., Any] | None = None,
     method: LayerMethod = "obs",
     update: LayerUpdate | None = None,
-    distribution: LayerDistribution = "uniform",
+    distribution: LayerDistribution | None = None,
     structure: NM | None = None,
     mask: PyTree | None = None,
     select: Select = is_kernel,
@@ -92,8 +92,10 @@ def prune_layers(
       method: as `prune_layer` takes it, like ``update``, ``structure``, ``damping``,
         ``block_size`` and ``order``.
       update: see ``method``.
-      distribution: "uniform" gives each layer the sparsity; "erk" (Erdős-Rényi-Kernel) prunes small
-        layers less and large ones more, as `prune` does.
+      distribution: "erk" (Erdős-Rényi-Kernel) prunes small layers less and large ones more, as
+        `prune` does, and keeps far more of a network at high sparsity; "uniform" gives each layer
+        the sparsity. By default "erk", and with a ``structure``, which fixes each layer's density,
+        "uniform".
       structure: see ``method``.
       mask: a tree of bool like ``params``, False for weights that are pruned in any case: the
         layers that are pruned make up for them, and elsewhere they just become zero.
@@ -119,13 +121,15 @@ def prune_layers(
       >>> params = model.init(jax.random.key(1), inputs)["params"]
       >>> result = pruning.prune_layers(model, params, [inputs[:32], inputs[32:]], 0.5)
       >>> [(layer.path, layer.sparsity) for layer in result.layers]
-      [('layers_0/kernel', 0.5), ('layers_2/kernel', 0.5)]
+      [('layers_0/kernel', 0.53125), ('layers_2/kernel', 0.4375)]
 
     References:
       Frantar and Alistarh, [SparseGPT](https://arxiv.org/abs/2301.00774), 2023.
     """
     options = LayerOptions(method, update, structure, damping, block_size, order)
     options.check()
+    if distribution is None:
+        distribution = "erk" if structure is None else "uniform"
     check_choice("distribution", distribution, get_args(LayerDistribution))
     if distribution == "erk" and structure is not None:
         raise ValueError(
