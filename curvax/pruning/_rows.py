@@ -15,7 +15,7 @@ import numpy as np
 
 from curvax._settled import settled
 from curvax._trees import PyTree
-from curvax.fisher.inverse._column_blocks import automatic_mesh
+from curvax.fisher.inverse._column_blocks import on_automatic_mesh
 from curvax.fisher.window._dense import replicated
 from curvax.pruning._weights import Leaf, Weights
 
@@ -170,7 +170,7 @@ def _on_mesh(leaf: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
     """
     own = leaf.sharding
     if isinstance(own, jax.NamedSharding) and own.device_set == set(mesh.devices.flat):
-        return jax.device_put(leaf, jax.NamedSharding(automatic_mesh(own.mesh), own.spec))
+        return on_automatic_mesh(leaf)
     return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
 
 

@@ -1,5 +1,6 @@
 """Pruning of a layer: against loops in NumPy, least squares, and brute force, in float64."""
 
+import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -462,17 +463,23 @@ def test_a_singular_gram_matrix_gets_more_damping_and_warns():
     assert np.all(np.isfinite(result.kernel))
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("is_set", [False, True], ids=["", "set"])
+@pytest.mark.parametrize("spec", [jax.P(None, "data"), jax.P("data"), jax.P()], ids=str)
 @pytest.mark.parametrize("method", ["obs", "greedy", "wanda", "magnitude"])
-def test_sharded_kernels_and_inputs_give_what_single_ones_do(method):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.NamedSharding(mesh, jax.P("data"))
-    columns = jax.NamedSharding(mesh, jax.P(None, "data"))
+def test_sharded_kernels_and_inputs_give_what_single_ones_do(method, spec, is_set, kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType[kind],))
+    rows, own = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, spec)
     kernel, inputs = problem(outputs=8)
-    single = pruning.prune_layer(kernel, inputs, 0.5, method=method)
-    sharded = pruning.prune_layer(
-        jax.device_put(kernel, columns), jax.device_put(inputs, rows), 0.5, method=method
-    )
-    assert sharded.kernel.sharding == columns
+    mask = np.ones(kernel.shape, bool)
+    mask[:2, :3] = False
+    single = pruning.prune_layer(kernel, inputs, 0.5, method=method, mask=mask)
+    placed = jax.device_put((kernel, mask), own)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        sharded = pruning.prune_layer(
+            placed[0], jax.device_put(inputs, rows), 0.5, method=method, mask=placed[1]
+        )
+    assert sharded.kernel.sharding == sharded.mask.sharding == own
     np.testing.assert_array_equal(sharded.mask, single.mask)
     np.testing.assert_allclose(sharded.kernel, single.kernel, rtol=1e-6, atol=1e-8)
 

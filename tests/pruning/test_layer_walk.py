@@ -68,6 +68,60 @@ def test_layers_are_pruned_as_they_are_called_not_as_they_are_named():
     assert [layer.path for layer in result.layers] == ["z/kernel", "a/kernel"]
 
 
+AXES = {"automatic": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
+
+
+def gathered(x):
+    """What a user of explicit axes writes where an activation is to be whole along its units."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.are_all_axes_auto:
+        return x
+    return jax.sharding.reshard(x, jax.NamedSharding(mesh, jax.P("data")))
+
+
+class ShardedNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(gathered(nnx.relu(self.first(x))))
+
+
+class ShardedLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="head")(gathered(nn.relu(nn.Dense(16, name="first")(x))))
+
+
+@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("library", ["Linen", "NNX"])
+def test_a_model_on_a_mesh_is_pruned_as_on_one_device(library, kind):
+    """Batches along one axis, the first layer's units along the other."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AXES[kind],) * 2)
+
+    def placed(tree, *spec):
+        return jax.device_put(tree, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    inputs = normal(64, 5, 8)
+    if library == "Linen":
+        model = ShardedLinen()
+        params = params_of(model, inputs)
+    else:
+        model = ShardedNNX(nnx.Rngs(0))
+        params = nnx.state(model, nnx.Param)
+    spread = placed(params)
+    spread["first"]["kernel"] = placed(params["first"]["kernel"], None, "model")
+    spread["first"]["bias"] = placed(params["first"]["bias"], "model")
+    halves = inputs[:32], inputs[32:]
+    single = pruning.prune_layers(model, params, halves, 0.5)
+    sharded = pruning.prune_layers(model, spread, [placed(x, "data") for x in halves], 0.5)
+    jax.tree.map(assert_same, sharded.params, single.params)
+    jax.tree.map(np.testing.assert_array_equal, sharded.mask, single.mask)
+    for leaf, own in zip(jax.tree.leaves(sharded.params), jax.tree.leaves(spread), strict=True):
+        assert leaf.sharding == own.sharding
+
+
 def test_leaves_that_are_not_pruned_stay_as_they_are():
     inputs = normal(64, 8)
     params = params_of(MLP(), inputs)
@@ -264,7 +318,7 @@ def test_dense_general_and_einsum_contract_any_axes():
 
     inputs = normal(30, 3, 5, 4)
     params = params_of(Model(), inputs)
-    result = walk(Model(), inputs)
+    result = walk(Model(), inputs, distribution="uniform")
     rows = jnp.moveaxis(inputs, 1, 2).reshape(-1, 3, 4)
     for name in ("general", "einsum"):
         by_hand = pruning.prune_layer(params[name]["kernel"], rows, 0.5, layout="IIO")
@@ -282,7 +336,7 @@ def test_a_layer_called_twice_sees_all_of_its_inputs():
 
     inputs = normal(64, 8)
     params = params_of(Model(), inputs)
-    result = walk(Model(), inputs)
+    result = walk(Model(), inputs, distribution="uniform")
     kernel, bias = params["shared"]["kernel"], params["shared"]["bias"]
     both = [inputs, nn.relu(inputs @ kernel + bias)]
     assert_same(result.params["shared"]["kernel"], pruning.prune_layer(kernel, both, 0.5).kernel)
@@ -522,7 +576,7 @@ def test_nnx_attention_and_convolutions_are_pruned():
 
     inputs = normal(40, 8, 3)
     model = Model(nnx.Rngs(0))
-    result = pruning.prune_layers(model, None, [inputs], 0.5)
+    result = pruning.prune_layers(model, None, [inputs], 0.5, distribution="uniform")
     assert [layer.path for layer in result.layers] == [
         "conv/kernel",
         *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),

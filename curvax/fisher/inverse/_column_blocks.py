@@ -3,6 +3,7 @@
 A ragged tail is padded with columns of zeros, which do not affect the others.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -123,6 +124,21 @@ def automatic_mesh(mesh: Any) -> jax.sharding.Mesh:
     """The mesh with automatic axes, along which flat columns may be cut anywhere."""
     types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
     return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def on_automatic_mesh(array: Any) -> Any:
+    """The array where it lies, along whose axes it may be cut anywhere."""
+    own = getattr(array, "sharding", None)
+    if not isinstance(own, jax.NamedSharding):
+        return array
+    return jax.device_put(array, jax.NamedSharding(automatic_mesh(own.mesh), own.spec))
+
+
+def context_of(*arrays: Any) -> contextlib.AbstractContextManager[Any]:
+    """In which `on_automatic_mesh` arrays are computed with, whatever mesh the user has set."""
+    shardings = (getattr(array, "sharding", None) for array in arrays)
+    meshes = [own.mesh for own in shardings if isinstance(own, jax.NamedSharding)]
+    return jax.set_mesh(automatic_mesh(meshes[0])) if meshes else contextlib.nullcontext()
 
 
 @partial(jax.jit, static_argnums=1)

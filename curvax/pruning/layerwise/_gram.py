@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import numpy as np
 
 from curvax._checks import check_size
 from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher.window._dense import replicated
 
+Results = TypeVar("Results")
 Shape = tuple[int, ...]
 Padding = str | int | Sequence[int | tuple[int, int]]
 Inputs = Any  # an array, an iterable of arrays, or an InputGram
@@ -57,10 +59,10 @@ def input_gram(inputs: Inputs, fan_in: int | Shape | None = None) -> InputGram:
     total, num_rows = None, 0
     fan_in = (fan_in,) if isinstance(fan_in, int) else fan_in
     for number, array in enumerate(_arrays(inputs)):
-        rows = as_rows(array, fan_in)
-        fan_in = (rows.shape[1],) if fan_in is None else fan_in
-        total = gram_of(rows) if total is None else _added(total, rows)
-        num_rows += len(rows)
+        size = _num_features(array, fan_in)
+        fan_in = (size,) if fan_in is None else fan_in
+        total = _gram_of_array(array, size) if total is None else _added(total, array, size)
+        num_rows += math.prod(array.shape) // max(size, 1)
         if not bool(jnp.isfinite(jnp.trace(total))):
             raise ValueError(
                 f"inputs must be finite, got NaN or infinity in array {number} of them: leave that "
@@ -84,8 +86,8 @@ def _arrays(inputs: Inputs) -> Iterable[Any]:
     )
 
 
-def as_rows(array: Any, fan_in: Shape | None) -> jax.Array:
-    """The inputs as rows of features, of shape (n, features)."""
+def _num_features(array: Any, fan_in: Shape | None) -> int:
+    """The number of features of inputs of shape ``(..., *fan_in)`` or ``(..., features)``."""
     shape = jnp.shape(array)
     wanted = shape[-1:] if fan_in is None else fan_in
     size = math.prod(wanted)
@@ -101,7 +103,7 @@ def as_rows(array: Any, fan_in: Shape | None) -> jax.Array:
         )
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         raise ValueError(f"inputs must be real, got {jnp.result_type(array)}.")
-    return jnp.asarray(array).reshape(-1, size)
+    return size
 
 
 @jax.jit
@@ -111,9 +113,23 @@ def gram_of(rows: jax.Array) -> jax.Array:
     return jnp.matmul(wide.T, wide, precision=HIGHEST)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _added(total: jax.Array, rows: jax.Array) -> jax.Array:
-    return total + gram_of(rows)
+@functools.partial(jax.jit, static_argnums=1)
+def _gram_of_array(array: jax.Array, size: int) -> jax.Array:
+    return on_automatic_axes(lambda x: gram_of(x.reshape(-1, size)), array)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def _added(total: jax.Array, array: jax.Array, size: int) -> jax.Array:
+    return total + _gram_of_array(array, size)
+
+
+def on_automatic_axes(function: Callable[..., Results], *arrays: jax.Array) -> Results:
+    """The results of a function that cuts and sums explicitly sharded arrays along any axes."""
+    shardings = filter(None, map(replicated, arrays))
+    if (whole := next(shardings, None)) is None:
+        return function(*arrays)
+    with jax.sharding.use_abstract_mesh(whole.mesh):
+        return jax.sharding.auto_axes(function, out_sharding=whole)(*arrays)
 
 
 def conv_patches(

@@ -11,6 +11,7 @@ import numpy as np
 from curvax._checks import check_range
 from curvax._layouts import KernelLayout, kernel_layout
 from curvax._trees import wide_dtype
+from curvax.fisher.inverse._column_blocks import context_of, on_automatic_mesh
 from curvax.pruning._structures import NM
 from curvax.pruning.layerwise._gram import InputGram, Inputs, input_gram
 from curvax.pruning.layerwise._matrix import pruned_matrix, relative_error
@@ -237,6 +238,18 @@ def pruned_layer(
     mask: Any | None,
 ) -> LayerResult:
     """`prune_layer` of checked arguments."""
+    with context_of(kernel, gram.matrix):
+        return _pruned_layer(kernel, gram, sparsity, options, axes, mask)
+
+
+def _pruned_layer(
+    kernel: jax.Array,
+    gram: InputGram,
+    sparsity: float | None,
+    options: LayerOptions,
+    axes: KernelLayout,
+    mask: Any | None,
+) -> LayerResult:
     dtype = jnp.promote_types(wide_dtype(kernel), gram.matrix.dtype)
     permutation = axes.spatial + axes.fan_in + axes.fan_out
     num_features = math.prod(kernel.shape[axis] for axis in axes.spatial + axes.fan_in)
@@ -247,6 +260,7 @@ def pruned_layer(
         )
 
     def as_matrix(array: Any) -> Any:
+        array = on_automatic_mesh(array)
         return array.transpose(permutation).reshape(num_features, -1)
 
     def as_kernel(matrix: jax.Array) -> jax.Array:
@@ -255,7 +269,7 @@ def pruned_layer(
         return jax.device_put(array, getattr(kernel, "sharding", None))
 
     weights = as_matrix(kernel).astype(dtype)
-    matrix = gram.matrix.astype(dtype)
+    matrix = on_automatic_mesh(gram.matrix).astype(dtype)
     dead = np.asarray(jnp.diagonal(matrix) == 0)
     if not bool(jnp.all(jnp.isfinite(matrix))):
         raise ValueError("inputs must be finite, got NaN or infinity in their Gram matrix.")

@@ -73,7 +73,7 @@ def _sow(module: Any, reader: Reader, inputs: jax.Array, kernel: jax.Array) -> b
     return module.sow(
         _COLLECTION,
         _NAME,
-        sums_of(reader.rows(inputs), used, kernel),
+        sums_of(reader, inputs, used, kernel),
         reduce_fn=Sums.plus,
         init_fn=lambda: zero,
     )

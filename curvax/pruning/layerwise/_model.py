@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from curvax._trees import PyTree, named_leaves
 from curvax.pruning.layerwise._calls import Reader, reader_of
-from curvax.pruning.layerwise._gram import gram_of
+from curvax.pruning.layerwise._gram import gram_of, on_automatic_axes
 
 Arguments = tuple[Any, ...]
 Shapes = dict[str, tuple[int, ...]]  # of the kernels to prune, by their paths
@@ -129,7 +129,12 @@ class Model(abc.ABC):
         """Runs the model; sums over the inputs of the recorder's layers, by path."""
 
 
-def sums_of(rows: jax.Array, used: jax.Array, kernel: jax.Array) -> Sums:
-    """The sums over some rows, for a layer that computes with the kernel ``used``."""
-    mismatch = jnp.max(jnp.abs(used - kernel)) / jnp.max(jnp.abs(kernel))
-    return Sums(gram_of(rows), jnp.asarray(len(rows)), mismatch.astype(jnp.float32))
+def sums_of(reader: Reader, inputs: jax.Array, used: jax.Array, kernel: jax.Array) -> Sums:
+    """The sums over the inputs of a layer that computes with the kernel ``used``."""
+
+    def sums(inputs: jax.Array, used: jax.Array, kernel: jax.Array) -> Sums:
+        rows = reader.rows(inputs)
+        mismatch = jnp.max(jnp.abs(used - kernel)) / jnp.max(jnp.abs(kernel))
+        return Sums(gram_of(rows), jnp.asarray(len(rows)), mismatch.astype(jnp.float32))
+
+    return on_automatic_axes(sums, inputs, used, kernel)

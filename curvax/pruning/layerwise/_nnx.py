@@ -82,11 +82,8 @@ class _SumsAtOneTrace:
         if self._current_trace() != self._trace:
             self._recorder.lose(path)
         elif reader is not None:
-            self._sum(layer, path, reader.rows(inputs))
-
-    def _sum(self, layer: Any, path: str, rows: jax.Array) -> None:
-        sums = sums_of(rows, layer.kernel[...], self._kernels[path])
-        self.by_path[path] = self.by_path[path].plus(sums) if path in self.by_path else sums
+            sums = sums_of(reader, inputs, layer.kernel[...], self._kernels[path])
+            self.by_path[path] = self.by_path[path].plus(sums) if path in self.by_path else sums
 
 
 def _kind(node: Any) -> str | None:
