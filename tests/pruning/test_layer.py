@@ -1,6 +1,7 @@
 """Pruning of a layer: against loops in NumPy, least squares, and brute force, in float64."""
 
 import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
