@@ -128,7 +128,7 @@ def on_automatic_axes(function: Callable[..., Results], *arrays: jax.Array) -> R
     shardings = filter(None, map(replicated, arrays))
     if (whole := next(shardings, None)) is None:
         return function(*arrays)
-    with jax.sharding.use_abstract_mesh(whole.mesh):
+    with jax.sharding.use_abstract_mesh(whole.mesh.abstract_mesh):
         return jax.sharding.auto_axes(function, out_sharding=whole)(*arrays)
 
 
