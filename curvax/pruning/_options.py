@@ -76,16 +76,11 @@ class Options:
             check_choice("update", self.update, get_args(Update))
         check_choice("distribution", self.distribution, get_args(Distribution))
         check_range("min_density", self.min_density, low=0.0, high=1.0, open_high=True)
-        check_structure(self.structure)
+        check_structure(self.structure, self.distribution)
         check_layout(self.layout)
         check_range("damping", self.damping, low=0.0, open_low=True, open_high=True)
         if self.block_size is not None:
             check_count("block_size", self.block_size)
-        if self.distribution == "erk" and isinstance(self.structure, NM):
-            raise ValueError(
-                "distribution='erk' gives leaves different densities, and NM(n, m) ends in the "
-                "same for all: use 'global' or 'uniform'."
-            )
         if (
             isinstance(self.structure, NM)
             and self.min_density > self.structure.n / self.structure.m

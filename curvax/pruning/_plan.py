@@ -104,12 +104,7 @@ def check_nm(structure: NM | None, distribution: Distribution, regrow: Sparsity 
         return
     if not isinstance(structure, NM):
         raise ValueError(f"structure must be None or NM(n, m), got {structure!r}.")
-    check_structure(structure)
-    if distribution == "erk":
-        raise ValueError(
-            "distribution='erk' gives leaves different densities, and NM(n, m) ends in the same "
-            "for all: use 'global' or 'uniform'."
-        )
+    check_structure(structure, distribution)
     if regrow is not None:
         raise ValueError("regrow breaks the groups of NM(n, m): leave one of them out.")
 

@@ -59,8 +59,8 @@ class OutputUnits(NamedTuple):
 Structure = NM | WeightBlocks | OutputUnits
 
 
-def check_structure(structure: Structure | None) -> None:
-    """Raises unless the numbers of a structure are valid."""
+def check_structure(structure: Structure | None, distribution: str | None = None) -> None:
+    """Raises unless the numbers of a structure are valid, and go with the distribution."""
     if structure is None:
         return
     if not isinstance(structure, NM | WeightBlocks | OutputUnits):
@@ -75,6 +75,11 @@ def check_structure(structure: Structure | None) -> None:
             raise ValueError(f"NM(n, m) keeps n of m weights and needs n <= m, got {structure}.")
         if not isinstance(structure.axis, int | None):
             raise ValueError(f"axis of NM(n, m, axis) must be an integer or None, got {structure}.")
+        if distribution == "erk":
+            raise ValueError(
+                "distribution='erk' gives leaves different densities, and NM(n, m) the same to "
+                "all: choose another, or leave one of them out."
+            )
     if isinstance(structure, OutputUnits):
         for group in structure.coupled:
             if not isinstance(group, tuple | list):

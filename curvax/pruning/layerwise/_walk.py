@@ -12,7 +12,7 @@ import numpy as np
 from curvax._checks import check_choice, check_range, warn_of_batch_stats
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
-from curvax.pruning._structures import NM
+from curvax.pruning._structures import NM, check_structure
 from curvax.pruning._targets import erk_sparsities, members_by_pattern
 from curvax.pruning._weights import (
     Skipped,
@@ -131,11 +131,7 @@ def prune_layers(
     if distribution is None:
         distribution = "erk" if structure is None else "uniform"
     check_choice("distribution", distribution, get_args(LayerDistribution))
-    if distribution == "erk" and structure is not None:
-        raise ValueError(
-            "distribution='erk' gives layers different densities, and NM(n, m) the same to all: "
-            "leave one of them out."
-        )
+    check_structure(structure, distribution)
     walked, tree = _model_and_params(model, params, variables, call)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     targets = _targets(tree, select, sparsity, distribution)
