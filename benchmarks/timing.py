@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +31,8 @@ except ImportError:  # a bar is all that is missing then
 PyTree = Any
 Row = dict[str, Any]
 Loop = Callable[[int], None]  # runs so many steps and waits for the last
+
+_PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: 5 sets the peak to what is in use
 
 
 def time_loops(
@@ -160,6 +163,13 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def peak_memory(*, reset: bool = False) -> int:
+    """The largest resident memory in bytes so far, or since it was reset."""
+    if reset and _PEAK_RESET.exists():
+        _PEAK_RESET.write_text("5")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment(packages: Iterable[str]) -> dict[str, Any]:

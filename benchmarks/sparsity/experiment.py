@@ -1,16 +1,13 @@
 """One run: a network pruned by a method to a target, judged on test data; time and memory."""
 
-import resource
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import timing
 
 from sparsity.methods import METHODS, SETTINGS, Target
 from sparsity.networks import Network
-
-_PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: 5 sets the peak to what is in use
 
 
 class Cell(NamedTuple):
@@ -31,22 +28,15 @@ def run(cell: Cell, network: Network) -> dict[str, Any]:
     seconds, memory = 0.0, 0
     if cell.method != "dense":
         method = {**METHODS, **SETTINGS}[cell.method]
-        before = _peak_memory(reset=True)
+        before = timing.peak_memory(reset=True)
         start = time.perf_counter()
         pruned = method(network, variables, Target.of(cell.target), cell.seed)
         jax.block_until_ready(pruned)
         seconds = time.perf_counter() - start
-        memory = _peak_memory() - before
+        memory = timing.peak_memory() - before
     return {
         **network.judged(pruned, cell.seed),
         "zeros": network.share_of_zeros(pruned.params),
         "seconds": round(seconds, 2),
         "bytes": memory,
     }
-
-
-def _peak_memory(*, reset: bool = False) -> int:
-    """The largest resident memory so far, or since it was reset."""
-    if reset and _PEAK_RESET.exists():
-        _PEAK_RESET.write_text("5")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
