@@ -33,12 +33,12 @@ METRICS = {
 }
 SHOWN = {  # in the picture
     "magnitude": "#d55e00",
-    "diagonal Fisher, 16 steps": "#e69f00",
-    "M-FAC as published, 16 steps": "#56b4e9",
+    "diagonal Fisher": "#e69f00",
+    "M-FAC as published": "#56b4e9",
     "SparseGPT": "#999999",
     "layer by layer": "#009e73",
-    "OBS, 16 steps": "#0072b2",
-    "OBS, 16 steps, then layer by layer": "#cc79a7",
+    "OBS, 4 steps": "#0072b2",
+    "OBS, 4 steps, then layer by layer": "#cc79a7",
 }
 
 _FEWEST = 3  # sparsities that make a curve
@@ -70,7 +70,7 @@ def with_tables(text: str, runs: Runs) -> str:
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
     tables = [
-        "\n".join(metric_table(own, METRICS[network]))
+        "\n".join(metric_table(own))
         for network in RECIPES
         if (own := {cell: run for cell, run in runs.items() if cell.network == network})
     ]
@@ -84,19 +84,17 @@ def page(runs: Runs) -> Iterator[str]:
         own = {cell: run for cell, run in runs.items() if cell.network == network}
         if own:
             yield ""
-            yield from metric_table(own, METRICS[network])
+            yield from metric_table(own)
             yield "\nSeconds, with compilations, and MiB beyond those of the start:\n"
             yield from cost_table(own)
 
 
-def metric_table(runs: Runs, metric: Metric) -> Iterator[str]:
+def metric_table(runs: Runs) -> Iterator[str]:
     """A row for each method, a column for each target."""
-    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for cell, run in sorted(runs.items()):
-        target = "" if cell.method == "dense" else cell.target
-        values[cell.method, target][cell.seed] = metric.of(run)
-    targets, dense = _targets(runs), values["dense", ""]
     (network,) = {cell.network for cell in runs}
+    metric = METRICS[network]
+    values = _values(runs, network)
+    targets, dense = _targets(runs), values["dense", ""]
     whole = _cell(dense, metric.digits, {})
     seeds = f"{len(dense)} seed{'s' * (len(dense) != 1)}"
     yield f"**{network}.** {metric.words}; of the dense networks {whole}, {seeds}.\n"
@@ -126,18 +124,30 @@ def _targets(runs: Runs) -> list[str]:
     return sorted(names, key=lambda name: (":" in name, name))
 
 
-def _cell(values: dict[int, float], digits: int, dense: dict[int, float]) -> str:
-    """The mean network's value plus what is lost against the same seed's: mean and deviation.
+def _values(runs: Runs, network: str) -> dict[tuple[str, str], dict[int, float]]:
+    """The metric for each method and target, by seed; the dense networks have the target ""."""
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for cell, run in sorted(runs.items()):
+        if cell.network == network:
+            target = "" if cell.method == "dense" else cell.target
+            values[cell.method, target][cell.seed] = METRICS[network].of(run)
+    return values
 
-    The mean network is that of all seeds, also where a method was run with some of them.
-    """
+
+def _cell(values: dict[int, float], digits: int, dense: dict[int, float]) -> str:
+    """The mean, and the deviation of what is lost against the same seed's network."""
     if not values:
         return ""
     lost = [value - dense.get(seed, 0.0) for seed, value in values.items()]
-    mean = np.mean(lost) + (np.mean(list(dense.values())) if dense else 0)
     spread = f" ± {np.std(lost, ddof=1):.{digits}f}" if len(lost) > 1 else ""
     few = f" ({len(lost)} seed{'s' * (len(lost) > 1)})" if len(lost) < len(dense) else ""
-    return f"{mean:.{digits}f}{spread}{few}"
+    return f"{_mean(values, dense):.{digits}f}{spread}{few}"
+
+
+def _mean(values: dict[int, float], dense: dict[int, float]) -> float:
+    """The mean network's value, of all seeds, plus what is lost by those that were pruned."""
+    lost = np.mean([value - dense.get(seed, 0.0) for seed, value in values.items()])
+    return float(lost + (np.mean(list(dense.values())) if dense else 0))
 
 
 def plot(runs: Runs) -> Any:
@@ -156,7 +166,7 @@ def plot(runs: Runs) -> Any:
     for axes, (network, curves) in zip(drawn, panels.items(), strict=True):
         for method, curve in curves.items():
             style = {"color": SHOWN[method], "label": method, "markersize": 3}
-            axes.plot(list(curve), [np.mean(values) for values in curve.values()], "o-", **style)
+            axes.plot(list(curve), list(curve.values()), "o-", **style)
         axes.set_title(network, loc="left", fontsize="medium")
         axes.set_xlabel("sparsity, %")
         axes.set_ylabel(METRICS[network].words)
@@ -168,14 +178,13 @@ def plot(runs: Runs) -> Any:
     return figure
 
 
-def curves_of(runs: Runs, network: str) -> dict[str, dict[float, list[float]]]:
-    """For each method of the picture the values of all seeds, by the sparsity in percent."""
-    curves: dict[str, dict[float, list[float]]] = {}
+def curves_of(runs: Runs, network: str) -> dict[str, dict[float, float]]:
+    """For each method of the picture the mean over seeds, by the sparsity in percent."""
+    curves: dict[str, dict[float, float]] = defaultdict(dict)
+    values = _values(runs, network)
     for method in SHOWN:
-        curve = defaultdict(list)
-        for cell, run in sorted(runs.items()):
-            if (cell.network, cell.method) == (network, method) and ":" not in cell.target:
-                curve[100 * float(cell.target)].append(METRICS[network].of(run))
-        if curve:
-            curves[method] = dict(sorted(curve.items()))
+        for target in sorted(target for own, target in values if own == method):
+            if ":" not in target:
+                mean = _mean(values[method, target], values["dense", ""])
+                curves[method][100 * float(target)] = mean
     return curves
