@@ -91,9 +91,15 @@ def remove_one_at_a_time(weights, matrix, candidates):
 
 def test_a_stream_of_inputs_has_the_gram_matrix_of_all_of_them():
     _, inputs = problem(rows=30)
-    gram = pruning.input_gram(part for part in (inputs[:7].reshape(7, 1, 12), inputs[7:]))
+    parts = inputs[:7].reshape(7, 1, 12), inputs[7:].tolist()
+    gram = pruning.input_gram(part for part in parts)
     np.testing.assert_allclose(gram.matrix, inputs.T @ inputs / 30, rtol=1e-12)
     assert gram.num_rows == 30
+
+
+def test_inputs_without_features_are_refused():
+    with pytest.raises(ValueError, match=r"at least one feature, got shape \(3, 0\)"):
+        pruning.input_gram(np.ones((3, 0)))
 
 
 def test_a_generator_an_array_and_its_gram_matrix_prune_alike():
@@ -514,7 +520,7 @@ def test_the_second_layer_of_a_shape_compiles_nothing(caplog):
         ({"structure": pruning.NM(2, 5), "sparsity": None}, "a fan-in that 5 divides, got 12"),
         ({"mask": np.ones((12, 4), bool)}, r"mask must be of bool and of kernel's shape \(12, 5\)"),
         ({"mask": np.ones((12, 5))}, "mask must be of bool"),
-        ({"mask": np.zeros((12, 5), bool)}, "sparsity=0.5 is below the 1 of mask"),
+        ({"mask": np.zeros((12, 5), bool)}, "sparsity=0.5 of kernel is below the 1 of its mask"),
         ({"layout": "IOO"}, r"names 3 axes, the kernel of shape \(12, 5\) has 2"),
         ({"layout": "LI"}, "cannot be told"),
         ({"layout": "IX"}, "a layout has the letters"),
@@ -528,6 +534,8 @@ def test_the_second_layer_of_a_shape_compiles_nothing(caplog):
         ({"inputs": np.ones((40, 12), int)}, "inputs must be real, got int"),
         ({"inputs": np.zeros((40, 12))}, "inputs are zero throughout"),
         ({"inputs": []}, "inputs hold no rows"),
+        ({"inputs": np.ones((0, 12))}, "inputs hold no rows"),
+        ({"inputs": np.ones((4, 0)), "kernel": np.ones((0, 5))}, "leave none of the 0 weights"),
         ({"inputs": 3}, "inputs must be an array, an iterable"),
         ({"inputs": pruning.InputGram(jnp.eye(3), 9)}, "inputs have 3 features, the kernel"),
     ],

@@ -59,10 +59,11 @@ def input_gram(inputs: Inputs, fan_in: int | Shape | None = None) -> InputGram:
     total, num_rows = None, 0
     fan_in = (fan_in,) if isinstance(fan_in, int) else fan_in
     for number, array in enumerate(_arrays(inputs)):
+        array = jnp.asarray(array)
         size = _num_features(array, fan_in)
         fan_in = (size,) if fan_in is None else fan_in
         total = _gram_of_array(array, size) if total is None else _added(total, array, size)
-        num_rows += math.prod(array.shape) // max(size, 1)
+        num_rows += array.size // size
         if not bool(jnp.isfinite(jnp.trace(total))):
             raise ValueError(
                 f"inputs must be finite, got NaN or infinity in array {number} of them: leave that "
@@ -86,9 +87,9 @@ def _arrays(inputs: Inputs) -> Iterable[Any]:
     )
 
 
-def _num_features(array: Any, fan_in: Shape | None) -> int:
+def _num_features(array: jax.Array, fan_in: Shape | None) -> int:
     """The number of features of inputs of shape ``(..., *fan_in)`` or ``(..., features)``."""
-    shape = jnp.shape(array)
+    shape = array.shape
     wanted = shape[-1:] if fan_in is None else fan_in
     size = math.prod(wanted)
     if not shape or (shape[-len(wanted) :] != wanted and shape[-1] != size):
@@ -101,8 +102,10 @@ def _num_features(array: Any, fan_in: Shape | None) -> int:
             f"inputs must end in the kernel's axes of fan-in, (..., {str(wanted)[1:-1]}) or "
             f"(..., {size}), got shape {shape}{patches}."
         )
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-        raise ValueError(f"inputs must be real, got {jnp.result_type(array)}.")
+    if not size:
+        raise ValueError(f"inputs must have at least one feature, got shape {shape}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"inputs must be real, got {array.dtype}.")
     return size
 
 

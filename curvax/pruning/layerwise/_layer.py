@@ -206,7 +206,8 @@ def check_layer(
         present = 1 - int(np.count_nonzero(mask)) / mask.size
         if _target(sparsity, mask.size) < round(present * mask.size):
             raise ValueError(
-                f"sparsity={sparsity} is below the {present:.6g} of mask: pruned weights stay so."
+                f"sparsity={sparsity:.6g} of {path} is below the {present:.6g} of its mask, and "
+                "pruned weights stay so: raise it, or give sparsity=None to fit what mask keeps."
             )
 
 
