@@ -535,7 +535,10 @@ def test_the_second_layer_of_a_shape_compiles_nothing(caplog):
         ({"inputs": np.zeros((40, 12))}, "inputs are zero throughout"),
         ({"inputs": []}, "inputs hold no rows"),
         ({"inputs": np.ones((0, 12))}, "inputs hold no rows"),
-        ({"inputs": np.ones((4, 0)), "kernel": np.ones((0, 5))}, "kernel must hold real weights, got float64"),
+        (
+            {"inputs": np.ones((4, 0)), "kernel": np.ones((0, 5))},
+            "kernel must hold real weights, got float64",
+        ),
         ({"inputs": 3}, "inputs must be an array, an iterable"),
         ({"inputs": pruning.InputGram(jnp.eye(3), 9)}, "inputs have 3 features, the kernel"),
     ],

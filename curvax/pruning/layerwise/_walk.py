@@ -121,7 +121,7 @@ def prune_layers(
       >>> params = model.init(jax.random.key(1), inputs)["params"]
       >>> result = pruning.prune_layers(model, params, [inputs[:32], inputs[32:]], 0.5)
       >>> [(layer.path, layer.sparsity) for layer in result.layers]
-      [('layers_0/kernel', 0.53125), ('layers_2/kernel', 0.4375)]
+      [('layers_0/kernel', 0.5625), ('layers_2/kernel', 0.3125)]
 
     References:
       Frantar and Alistarh, [SparseGPT](https://arxiv.org/abs/2301.00774), 2023.
