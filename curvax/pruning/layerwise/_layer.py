@@ -144,7 +144,8 @@ def prune_layer(
             "are fitted to these few, and damping decides what they leave open; give more inputs.",
             stacklevel=2,
         )
-    return pruned_layer(kernel, gram, sparsity, options, axes, mask)
+    with context_of(kernel, gram.matrix):
+        return pruned_layer(kernel, gram, sparsity, options, axes, mask)
 
 
 def layer_layout(shape: tuple[int, ...], layout: KernelLayout | str) -> KernelLayout:
@@ -238,19 +239,7 @@ def pruned_layer(
     axes: KernelLayout,
     mask: Any | None,
 ) -> LayerResult:
-    """`prune_layer` of checked arguments."""
-    with context_of(kernel, gram.matrix):
-        return _pruned_layer(kernel, gram, sparsity, options, axes, mask)
-
-
-def _pruned_layer(
-    kernel: jax.Array,
-    gram: InputGram,
-    sparsity: float | None,
-    options: LayerOptions,
-    axes: KernelLayout,
-    mask: Any | None,
-) -> LayerResult:
+    """`prune_layer` of checked arguments, in `context_of` the kernel and the Gram matrix."""
     dtype = jnp.promote_types(wide_dtype(kernel), gram.matrix.dtype)
     permutation = axes.spatial + axes.fan_in + axes.fan_out
     num_features = math.prod(kernel.shape[axis] for axis in axes.spatial + axes.fan_in)

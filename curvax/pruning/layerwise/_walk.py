@@ -12,6 +12,7 @@ import numpy as np
 from curvax._checks import check_choice, check_range, warn_of_batch_stats
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
+from curvax.fisher.inverse._column_blocks import context_of
 from curvax.pruning._structures import NM, check_structure
 from curvax.pruning._targets import erk_sparsities, members_by_pattern
 from curvax.pruning._weights import (
@@ -161,7 +162,8 @@ def prune_layers(
             leaves.cut(set(paths) - grams.keys())
             for path, reader, _ in (call for call in group if call.path in grams):
                 kernel, kept, gram = leaves.params[path], leaves.given(path), grams[path]
-                result = pruned_layer(kernel, gram, targets[path], options, reader.layout, kept)
+                with context_of(kernel, gram.matrix):
+                    result = pruned_layer(kernel, gram, targets[path], options, reader.layout, kept)
                 leaves.put(path, result)
                 layers.append(_pruned(path, result, len(gram.matrix)))
             advance()
