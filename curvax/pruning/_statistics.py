@@ -20,8 +20,9 @@ def reestimate_statistics(
     Pruning changes what a layer gets, and running statistics of the dense network then ruin the
     pruned one. A step of training replaces statistics $s$ by $\mu s + (1 - \mu) b$ with those of
     the batch, $b$; with the usual $\mu = 0.99$ a hundred batches would leave a third of the old
-    ones. Here $\mu$ and $b$ are read off from two calls, with $s = 0$ and $s = 1$, and the result
-    is the mean of $b$ over the batches, whatever $\mu$ is.
+    ones. Here $\mu$ and $b$ are read off from calls with other $s$, and the result is the mean of
+    $b$ over the batches, whatever $\mu$ is. What is no such mean, the vector of a spectral
+    normalization for instance, goes on from batch to batch as in training.
 
     Args:
       update_statistics: ``(params, statistics, *arguments) -> statistics``, a forward pass in
@@ -49,10 +50,15 @@ def reestimate_statistics(
       8.0
     """
     of_batch = compiled_once(_statistics_of_batch, update_statistics)
-    mean = None
+    mean, latest, are_means = None, statistics, None
     for number, batch in enumerate(batches, 1):
-        own = of_batch(params, statistics, as_arguments(batch))
-        mean = settled(own if mean is None else _moved(mean, own, number))
+        arguments = as_arguments(batch)
+        if are_means is None:
+            are_means = _which_are_means(of_batch, params, statistics, arguments)
+        own, _ = of_batch(params, latest, are_means, arguments)
+        mean, latest = settled(
+            _moved(own if mean is None else mean, own, latest, are_means, number)
+        )
     if mean is None:
         raise ValueError("batches must hold at least one batch to estimate statistics from.")
     return jax.tree.map(
@@ -62,35 +68,85 @@ def reestimate_statistics(
     )
 
 
+OfBatch = Callable[..., tuple[PyTree, PyTree]]
+
+
+def _which_are_means(
+    of_batch: OfBatch, params: PyTree, statistics: PyTree, arguments: tuple[Any, ...]
+) -> PyTree:
+    """For each leaf whether it is a running mean."""
+    number, treedef = len(jax.tree.leaves(statistics)), jax.tree.structure(statistics)
+
+    def found(tried: list[bool]) -> list[bool]:
+        tree = treedef.unflatten(tried)
+        _, affine = of_batch(params, statistics, tree, arguments)
+        return [bool(leaf) for leaf in jax.tree.leaves(affine)]
+
+    together = found([True] * number)
+    if not all(together):
+        # What a spectral normalization keeps changes the statistics of others: each by itself then.
+        for index in [index for index, right in enumerate(together) if not right]:
+            together[index] = found([other == index for other in range(number)])[index]
+    return treedef.unflatten(together)
+
+
 @jax.jit
-def _moved(mean: PyTree, own: PyTree, number: jax.Array) -> PyTree:
-    """The mean of one more; of equal values it is that value, without rounding."""
-    return jax.tree.map(
-        lambda old, new: old + (new - old) / number if is_inexact(old) else old, mean, own
+def _moved(
+    mean: PyTree, own: PyTree, latest: PyTree, are_means: PyTree, number: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The result with one more batch, and the statistics for the next one."""
+
+    def result(old: jax.Array, new: jax.Array, is_mean: jax.Array) -> jax.Array:
+        # The mean of equal values is that value, without rounding.
+        return jnp.where(is_mean, old + (new - old) / number, new) if is_inexact(old) else old
+
+    def following(old: jax.Array, new: jax.Array, is_mean: jax.Array) -> jax.Array:
+        return jnp.where(is_mean, old, new.astype(old.dtype)) if is_inexact(old) else old
+
+    return (
+        jax.tree.map(result, mean, own, are_means),
+        jax.tree.map(following, latest, own, are_means),
     )
 
 
-def _statistics_of_batch(update_statistics: Callable[..., PyTree]) -> Callable[..., PyTree]:
+def _statistics_of_batch(update_statistics: Callable[..., PyTree]) -> OfBatch:
     @jax.jit
-    def of_batch(params: PyTree, statistics: PyTree, arguments: tuple[Any, ...]) -> PyTree:
+    def of_batch(
+        params: PyTree, statistics: PyTree, are_means: PyTree, arguments: tuple[Any, ...]
+    ) -> tuple[PyTree, PyTree]:
+        """The batch's own statistics, and whether those taken for means are."""
+
         def updated(fill: PyTree) -> PyTree:
-            filled = jax.tree.map(
-                # Wide, since momentum in bfloat16 would be rounded.
-                lambda leaf, value: value.astype(wide_dtype(leaf)) if is_inexact(leaf) else leaf,
-                statistics,
-                fill,
-            )
+            filled = jax.tree.map(chosen, statistics, fill, are_means)
             return update_statistics(params, filled, *arguments)
 
-        def own(old: jax.Array, low: jax.Array, scale: jax.Array, high: jax.Array) -> jax.Array:
+        def chosen(leaf: jax.Array, value: jax.Array, is_mean: jax.Array) -> jax.Array:
+            # Wide, since momentum in bfloat16 would be rounded.
+            wide = wide_dtype(leaf)
+            return jnp.where(is_mean, value, leaf).astype(wide) if is_inexact(leaf) else leaf
+
+        def own(
+            old: jax.Array, low: jax.Array, scale: jax.Array, high: jax.Array, is_mean: jax.Array
+        ) -> jax.Array:
             if not is_inexact(old):
                 return old
             decay = (high - low) / scale
-            return jnp.where(decay < 1, low / jnp.where(decay < 1, 1 - decay, 1), old)
+            of_mean = jnp.where(decay < 1, low / jnp.where(decay < 1, 1 - decay, 1), old)
+            return jnp.where(is_mean, of_mean, low)
 
+        def is_affine(low: jax.Array, middle: jax.Array, high: jax.Array) -> jax.Array:
+            if not is_inexact(low):
+                return jnp.array(True)
+            gap = jnp.abs(low + high - 2 * middle)
+            return jnp.all(~(gap > 1e-3 * (jnp.abs(low) + jnp.abs(high))))
+
+        # A pass in training mode does not see running means: XLA makes one of the three.
         low = updated(jax.tree.map(jnp.zeros_like, statistics))
         # Of the result's size, so that the difference has as many digits as the decay.
         scale = jax.tree.map(lambda x: 1 + 100 * jnp.abs(x) if is_inexact(x) else x, low)
-        return jax.tree.map(own, statistics, low, scale, updated(scale))
+        half = jax.tree.map(lambda x: x / 2 if is_inexact(x) else x, scale)
+        high = updated(scale)
+        affine = jax.tree.map(is_affine, low, updated(half), high)
+        return jax.tree.map(own, statistics, low, scale, high, are_means), affine
 
     return of_batch

@@ -138,7 +138,7 @@ class TestLinen:
 
         for _ in range(2):
             pruning.reestimate_statistics(counted, params, statistics, batches_of(0))
-        assert len(traces) == 2  # one program, in which the pass is called twice
+        assert len(traces) == 3  # one program, in which the pass is called three times
 
 
 class NormalizedNnx(nnx.Module):
@@ -290,3 +290,59 @@ class TestInARun:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), result.params, params
         )
+
+
+class Spectral(nn.Module):
+    """Statistics of two kinds: a spectral normalization's, and of what comes after it."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.SpectralNorm(nn.Dense(8, name="dense"), name="spectral")(x, update_stats=train)
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+
+
+class TestSpectralNormalization:
+    """Its vector is no mean over batches: it goes on as in training."""
+
+    @staticmethod
+    def run(batches, number):
+        model = Spectral()
+        variables = model.init(jax.random.key(0), batches[0], train=False)
+        params = jax.tree.map(lambda leaf: 10 * leaf, variables["params"])
+
+        def update(params, statistics, x):
+            variables = {"params": params, "batch_stats": statistics}
+            return model.apply(variables, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+
+        trained = variables["batch_stats"]
+        for _ in range(number):
+            for x in batches:
+                trained = update(params, trained, x)
+        found = pruning.reestimate_statistics(update, params, trained, batches)
+        return params, trained, found
+
+    def test_the_norm_stays_the_largest_singular_value(self):
+        params, _, found = self.run(batches_of(0), 20)
+        (kernel,) = (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+        sigma = found["spectral"]["dense/kernel/sigma"]
+        np.testing.assert_allclose(sigma, np.linalg.norm(kernel, 2), rtol=1e-4)
+
+    def test_its_vector_goes_on_from_batch_to_batch(self):
+        batches = batches_of(0)
+        _, once, _ = self.run(batches, 1)
+        _, twice, _ = self.run(batches, 2)
+        _, _, found = self.run(batches, 1)
+        vectors = [tree["spectral"]["dense/kernel/u"] for tree in (once, twice, found)]
+        np.testing.assert_allclose(vectors[2], vectors[1], rtol=1e-4)
+        assert not np.allclose(vectors[0], vectors[1])
+
+    def test_the_statistics_after_it_are_those_of_the_normalized_layer(self):
+        batches = batches_of(0, shift=1.0)
+        params, _, found = self.run(batches, 20)
+        (kernel,) = (leaf for leaf in jax.tree.leaves(float64(params)) if leaf.ndim == 2)
+        hidden = [x @ (kernel / np.linalg.norm(kernel, 2)) for x in float64(batches)]
+        expected = {
+            "mean": np.mean([rows.mean(axis=0) for rows in hidden], axis=0),
+            "var": np.mean([rows.var(axis=0) for rows in hidden], axis=0),
+        }
+        assert_trees_close(found["norm"], expected, rtol=1e-3)
