@@ -33,7 +33,10 @@ def check_range(
     """Raises unless ``value`` lies in the interval; a tracer is let through."""
     if is_traced(value):
         return
-    number = np.asarray(value, dtype=np.float64)
+    try:
+        number = np.asarray(math.nan if isinstance(value, str) else value, dtype=np.float64)
+    except (TypeError, ValueError):
+        number = np.asarray(math.nan)
     above = number > low if open_low else number >= low
     below = number < high if open_high else number <= high
     if number.shape != () or not (above and below):

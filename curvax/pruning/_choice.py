@@ -17,7 +17,7 @@ def weights_to_prune(
     own = np.full(len(weights.alive), np.inf)
     own[weights.alive] = scores
     spans = weights.spans()
-    for span in spans:
+    for _, span in weights.members():
         if options.normalize_scores and weights.alive[span].any():
             own[span] /= np.mean(own[span], where=weights.alive[span]) or 1.0
         if options.structure is None and options.min_density:
@@ -39,7 +39,11 @@ def weights_to_prune(
             if isinstance(options.structure, NM):
                 flags = _in_groups(candidates, alive, units, options.structure.n, number)
             else:
-                sizes = [leaf.size for leaf in chosen]
+                sizes = [
+                    leaf.size // leaf.num_members
+                    for leaf in chosen
+                    for _ in range(leaf.num_members)
+                ]
                 flags = _lowest_units(
                     candidates, alive, units, sizes, number or 0, options.min_density
                 )
@@ -49,7 +53,7 @@ def weights_to_prune(
 
 
 def _protect(scores: np.ndarray, sizes: np.ndarray, min_density: float) -> None:
-    """Gives the best units of a leaf, a share of its weights, a score at which they stay."""
+    """Gives the best units of a layer, a share of its weights, a score at which they stay."""
     needed = min_density * sizes.sum() - 1e-6
     if needed > 0:
         finite = np.where(np.isfinite(scores), scores, -np.inf)  # pruned ones are infinite here

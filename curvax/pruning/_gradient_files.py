@@ -31,7 +31,7 @@ _CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP)  # of some network file syste
 Marker = dict[str, Any]
 
 
-def load_gradients(folder: Path, params: Tree) -> Tree:
+def load_gradients(folder: Path | str, params: Tree) -> Tree:
     """The gradients that `collect_gradients` finished in a folder.
 
     Args:
@@ -57,6 +57,7 @@ def load_gradients(folder: Path, params: Tree) -> Tree:
       [[1. 2.]
        [3. 4.]]
     """
+    folder = Path(folder)
     marker = _read(folder / FINISHED)
     if marker is None:
         raise FileNotFoundError(_why_none(folder))

@@ -105,7 +105,7 @@ def prune_one_shot(
     weights, skipped = selection_of(params, mask, checked.select, checked.structure, checked.layout)
     steps = _targets_of_steps(
         weights,
-        pools(weights.leaves, target, checked.distribution),
+        pools(weights.leaves, target, checked.distribution, skipped),
         recomputations if checked.needs_grads else 1,
         checked.structure,
     )

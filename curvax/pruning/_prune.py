@@ -86,8 +86,9 @@ def prune(
       distribution: how the sparsity is met. ``"global"`` compares the scores of all leaves,
         ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to
         $\sum_k n_k / \prod_k n_k$ of a kernel's sizes $n_k$.
-      min_density: the share of each leaf's weights that is kept in any case.
-      normalize_scores: whether scores are divided by their mean in each leaf, before leaves are
+      min_density: the share of each layer's weights that is kept in any case, rounded up. A layer
+        is a leaf, or a member of a leaf that stacks several.
+      normalize_scores: whether scores are divided by their mean in each layer, before layers are
         compared.
       structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`. Leaves that cannot
         hold it are passed over, and listed in the result.
@@ -111,7 +112,7 @@ def prune(
         the structure allows or so high that nothing would be left.
 
     Warns:
-      UserWarning: if a leaf loses all of its weights, if many weights are zero and no mask is
+      UserWarning: if a layer loses all of its weights, if many weights are zero and no mask is
         given, or if blocks of $F$ could not be factored.
 
     Example:
@@ -155,9 +156,8 @@ def prune(
     elif options.needs_grads and (fisher_diag is None or options.update_of_kept != "none"):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
     given = None if fisher_diag is None else _given_diagonal(weights, fisher_diag, params)
-    step = prune_step(
-        weights, rows, pools(weights.leaves, target, distribution), options, given=given
-    )
+    targets = pools(weights.leaves, target, distribution, skipped)
+    step = prune_step(weights, rows, targets, options, given=given)
     return result_of(params, mask, step.weights, skipped, step.predicted, step.num_failed)
 
 

@@ -3,11 +3,10 @@
 import warnings
 from typing import TYPE_CHECKING, Generic, NamedTuple
 
-import jax
 import numpy as np
 
-from curvax._trees import PyTree, Tree, named_leaves, shape_of
-from curvax.pruning._weights import Skipped, Weights
+from curvax._trees import PyTree, Tree
+from curvax.pruning._weights import Skipped, Weights, num_kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +122,9 @@ def result_of(
         LayerSparsity(leaf.path, leaf.size, kept)
         for leaf, kept in zip(weights.leaves, counts, strict=True)
     )
-    if empty := ", ".join(layer.path for layer in layers if not layer.kept):
+    if empty := ", ".join(
+        name for name, span in weights.members() if not weights.alive[span].any()
+    ):
         warnings.warn(
             f"pruning left no weight in {empty}, which cuts the network: set min_density, or "
             "another distribution of the sparsity than 'global'.",
@@ -136,11 +137,6 @@ def result_of(
             stacklevel=3,
         )
     new_mask = weights.mask(params, mask)
-    pruned = {layer.path for layer in layers}
-    num_other = sum(
-        int(np.count_nonzero(np.broadcast_to(kept, shape_of(leaf))))
-        for (path, leaf), kept in zip(named_leaves(params), jax.tree.leaves(new_mask), strict=True)
-        if path not in pruned
-    )
+    num_other = num_kept(params, new_mask) - sum(counts)
     new_params = weights.params(params)
     return PruneResult(new_params, new_mask, layers, skipped, num_other, predicted, num_failed)

@@ -78,7 +78,7 @@ def _which_are_means(
     number, treedef = len(jax.tree.leaves(statistics)), jax.tree.structure(statistics)
 
     def found(tried: list[bool]) -> list[bool]:
-        tree = treedef.unflatten(tried)
+        tree = jax.tree.unflatten(treedef, tried)
         _, affine = of_batch(params, statistics, tree, arguments)
         return [bool(leaf) for leaf in jax.tree.leaves(affine)]
 
@@ -87,7 +87,7 @@ def _which_are_means(
         # What a spectral normalization keeps changes the statistics of others: each by itself then.
         for index in [index for index, right in enumerate(together) if not right]:
             together[index] = found([other == index for other in range(number)])[index]
-    return treedef.unflatten(together)
+    return jax.tree.unflatten(treedef, together)
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import numpy as np
 from curvax._checks import check_count
 from curvax._layouts import KernelLayout, Layout
 from curvax._trees import PyTree, Select, named_leaves
-from curvax.pruning._weights import Leaf, Skipped, Weights, chosen_leaves
+from curvax.pruning._weights import Leaf, Skipped, Weights, check_on_host, chosen_leaves
 
 _READS = ":in"
 
@@ -136,6 +136,7 @@ def selection_of(
     layout: Layout,
 ) -> tuple[Weights, tuple[Skipped, ...]]:
     """The weights to prune, and the chosen leaves that the structure passes over."""
+    check_on_host(params)
     if isinstance(structure, OutputUnits) and structure.coupled:
         paths = structure.paths()
         if missing := paths - {path for path, _ in named_leaves(params)}:

@@ -9,7 +9,7 @@ import numpy as np
 
 from curvax._checks import check_count, check_pattern, check_range
 from curvax.pruning._erk import erk_densities, erk_ratio
-from curvax.pruning._weights import Leaf, Weights
+from curvax.pruning._weights import Leaf, Skipped, Weights
 
 Sparsity = float | Mapping[str, float]
 Distribution = Literal["global", "uniform", "erk"]
@@ -64,15 +64,18 @@ def check_sparsity(sparsity: Any) -> None:
 
 
 def pools(
-    leaves: Sequence[Leaf], sparsity: Sparsity, distribution: Distribution
+    leaves: Sequence[Leaf],
+    sparsity: Sparsity,
+    distribution: Distribution,
+    skipped: Sequence[Skipped] = (),
 ) -> tuple[Pool, ...]:
     """One pool for each sparsity, or for each leaf.
 
     A mapping gives sparsities by patterns of ``re.search`` on the paths; the first match counts,
-    and leaves without a match are not pruned.
+    and leaves without a match are not pruned. A pattern may match ``skipped`` ones alone.
     """
     found: list[Pool] = []
-    for target, members in _members(leaves, sparsity):
+    for target, members in _members(leaves, sparsity, skipped):
         if distribution == "global":
             found.append(Pool(tuple(members), target))
             continue
@@ -91,12 +94,19 @@ def erk_sparsities(leaves: Sequence[Leaf], sparsity: float) -> list[float]:
     return [max(0.0, 1 - float(density)) for density in densities]
 
 
-def _members(leaves: Sequence[Leaf], sparsity: Sparsity) -> list[tuple[float, list[int]]]:
+def _members(
+    leaves: Sequence[Leaf], sparsity: Sparsity, skipped: Sequence[Skipped]
+) -> list[tuple[float, list[int]]]:
     """The numbers of the leaves that each sparsity is meant for."""
     if not isinstance(sparsity, Mapping):
         return [(sparsity, list(range(len(leaves))))]
-    found = members_by_pattern([leaf.path for leaf in leaves], sparsity)
-    return [(sparsity[pattern], numbers) for pattern, numbers in found.items()]
+    paths = [leaf.path for leaf in leaves] + [leaf.path for leaf in skipped]
+    found = members_by_pattern(paths, sparsity)
+    fitting = {
+        pattern: [number for number in numbers if number < len(leaves)]
+        for pattern, numbers in found.items()
+    }
+    return [(sparsity[pattern], numbers) for pattern, numbers in fitting.items() if numbers]
 
 
 def members_by_pattern(paths: Sequence[str], patterns: Iterable[str]) -> dict[str, list[int]]:

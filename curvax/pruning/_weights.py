@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_like
+from curvax._checks import check_like, is_traced
 from curvax._layouts import KernelLayout, Layout, is_no_kernel, kernel_layout
 from curvax._trees import PyTree, Select, Tree, named_leaves, path_name, shape_of, widen
 
@@ -65,6 +65,13 @@ class Leaf(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def num_members(self) -> int:
+        """How many layers are stacked in it, which lie one after the other here."""
+        if self.layout is None or self.layout.unknown:
+            return 1
+        return math.prod(self.shape[axis] for axis in self.layout.stacked)
 
     def flat(self, array: Any) -> Any:
         """The entries of an array (..., *shape), as a vector or rows of them."""
@@ -132,6 +139,16 @@ class Weights:
         ends = np.cumsum([leaf.size for leaf in self.leaves]).tolist()
         return [slice(end - leaf.size, end) for leaf, end in zip(self.leaves, ends, strict=True)]
 
+    def members(self) -> list[tuple[str, slice]]:
+        """The name and the place of each layer: of a leaf, or of each member of a stack."""
+        found = []
+        for leaf, span in zip(self.leaves, self.spans(), strict=True):
+            size = leaf.size // leaf.num_members
+            for member, start in enumerate(range(span.start, span.stop, size)):
+                name = f"{leaf.path}[{member}]" if leaf.num_members > 1 else leaf.path
+                found.append((name, slice(start, start + size)))
+        return found
+
     def pruned(self, gone: np.ndarray, changes: np.ndarray) -> "Weights":
         """The weights without some of the alive ones, and with the others changed."""
         values, alive = self.values.copy(), self.alive.copy()
@@ -145,6 +162,7 @@ class Weights:
         values = np.where(self.alive, self.values, 0)
         for leaf, span in zip(self.leaves, self.spans(), strict=True):
             old = leaves[leaf.number]
+            check_fits(leaf.path, values[span], old.dtype)
             leaves[leaf.number] = _placed(leaf.restored(values[span]).astype(old.dtype), old)
         return jax.tree.unflatten(treedef, leaves)
 
@@ -182,7 +200,7 @@ def chosen_leaves(params: PyTree, select: Select, layout: Layout) -> tuple[Leaf,
     """The leaves that ``select`` chooses."""
     leaves = []
     for number, (path, leaf) in enumerate(named_leaves(params)):
-        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        array = _as_array(path, leaf)
         if not array.size or not select(path, array):
             continue
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -193,6 +211,25 @@ def chosen_leaves(params: PyTree, select: Select, layout: Layout) -> tuple[Leaf,
         names = ", ".join(path for path, _ in named_leaves(params)) or "none"
         raise ValueError(f"select chooses no leaf of params; their paths are: {names}.")
     return tuple(leaves)
+
+
+def check_on_host(params: PyTree) -> None:
+    """Raises under ``jit`` and other transformations, whose arrays have no content yet."""
+    if any(map(is_traced, jax.tree.leaves(params))):
+        raise ValueError(
+            "pruning runs on the host, and compiles what it computes by itself: call it outside "
+            "jax.jit, vmap and grad; inside a compiled step, prune_on_schedule prunes."
+        )
+
+
+def check_fits(path: str, values: Any, dtype: Any) -> None:
+    """Raises if a finite weight is larger than all numbers of a dtype."""
+    largest = float(abs(values).max())
+    if float(jnp.finfo(dtype).max) < largest < math.inf:
+        raise ValueError(
+            f"the update takes a weight of {path} to {largest:.3g}, which {dtype} does not hold: "
+            "raise damping, leave the update out with update='none', or give params in float32."
+        )
 
 
 def check_mask(mask: PyTree | None, params: PyTree) -> None:
@@ -246,6 +283,24 @@ def mask_of_zeros(params: Tree, select: Select = is_kernel) -> Tree:
     for leaf in chosen_leaves(params, select, "auto"):
         masks[leaf.number] = arrays[leaf.number] != 0
     return jax.tree.unflatten(treedef, masks)
+
+
+def num_kept(params: PyTree, mask: PyTree) -> int:
+    """How many weights a mask keeps, of which a scalar stands for a whole leaf."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
+    return sum(int(np.count_nonzero(_whole(kept, shape_of(leaf)))) for leaf, kept in pairs)
+
+
+def _as_array(path: str, leaf: Any) -> Any:
+    if hasattr(leaf, "dtype"):
+        return leaf
+    try:
+        return jnp.asarray(leaf)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"params must hold arrays alone, got {type(leaf).__name__} at {path}: of an Equinox "
+            "module give eqx.filter(model, eqx.is_array)."
+        ) from None
 
 
 def _order(layout: KernelLayout | None, rank: int) -> tuple[int, ...]:

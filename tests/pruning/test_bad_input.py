@@ -182,3 +182,43 @@ def test_a_leaf_without_known_outputs_needs_a_layout():
             structure=pruning.OutputUnits(),
             select=lambda *_: True,
         )
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, [0.5], "half"])
+def test_a_sparsity_is_a_number(sparsity):
+    with pytest.raises(ValueError, match=r"sparsity(\['dense'\])? must be a number in"):
+        prune({"dense": sparsity})
+
+
+@pytest.mark.parametrize("run", [prune, lambda params: pruning.prune_layer(params, params, 0.5)])
+def test_inside_jit_it_says_where_it_runs(run):
+    with pytest.raises(ValueError, match=r"outside jax.jit.*prune_on_schedule"):
+        jax.jit(lambda params: run(params=params) if run is prune else run(params))(
+            problems.params() if run is prune else jnp.eye(4)
+        )
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    params = {**problems.params(), "activation": jax.nn.relu}
+    for run in (lambda: prune(params=params), lambda: pruning.mask_of_zeros(params)):
+        with pytest.raises(ValueError, match=r"got .* at activation.*eqx.filter"):
+            run()
+
+
+@pytest.mark.parametrize("update", ["joint", "independent"])
+def test_an_update_that_the_dtype_does_not_hold_is_an_error(update):
+    params = {"kernel": jnp.full((3, 1), 6e4, jnp.float16)}
+    grads = {"kernel": jnp.ones((3, 3, 1))}
+    with pytest.raises(ValueError, match=r"a weight of kernel to .*float16 does not hold"):
+        pruning.prune(params, grads, 0.34, damping=1e-4, update=update)
+
+
+def test_nor_one_of_a_layer():
+    kernel = jnp.full((2, 1), 6e4, jnp.float16)
+    with pytest.raises(ValueError, match=r"a weight of kernel to .*float16 does not hold"):
+        pruning.prune_layer(kernel, jnp.ones((8, 2)), 0.5)
+
+
+def test_a_mask_that_leaves_nothing_of_a_layer_is_an_error():
+    with pytest.raises(ValueError, match="mask leaves no weight"):
+        pruning.prune_layer(jnp.ones((4, 3)), jnp.eye(4), None, mask=jnp.zeros((4, 3), bool))

@@ -88,6 +88,12 @@ class TestGlobal:
             result = by_magnitude(params, 0.95)
         assert kept(result)["dense"] == kept(result)["second_conv"] == 0
 
+    def test_a_member_of_a_stack_that_vanishes_is_named(self):
+        kernel = jax.random.normal(jax.random.key(0), (3, 8, 8)).at[1].multiply(1e-3)
+        params = {"ScanBlock_0": {"Dense_0": {"kernel": kernel}}}
+        with pytest.warns(UserWarning, match=r"no weight in ScanBlock_0/Dense_0/kernel\[1\],"):
+            by_magnitude(params, 0.5)
+
     def test_the_warning_points_at_the_callers_line(self):
         params = network()
         params["dense"]["kernel"] *= 1e-6
@@ -226,6 +232,17 @@ class TestMinDensity:
         np.testing.assert_array_equal(np.flatnonzero(result.mask["dense"]["kernel"]), np.sort(best))
         assert result.sparsity == pytest.approx(0.8, abs=1e-3)
 
+    @pytest.mark.parametrize("structure", [None, pruning.OutputUnits()])
+    def test_so_does_a_member_of_a_stack(self, structure):
+        kernel = jax.random.normal(jax.random.key(0), (8, 3, 10)).at[:, 1].multiply(1e-3)
+        layout = {"experts": "ILO"}
+        result = by_magnitude(
+            {"experts": kernel}, 0.5, min_density=0.2, layout=layout, structure=structure
+        )
+        found = np.asarray(result.mask["experts"]).sum(axis=(0, 2))
+        assert found[1] == 16
+        assert found.sum() == 120
+
     def test_every_leaf_keeps_at_least_its_share_rounded_up(self):
         params = network()
         for name in ("first_conv", "head"):
@@ -307,6 +324,15 @@ class TestNormalizedScores:
         result = by_magnitude(params, 0.6, normalize_scores=True)
         params["dense"]["kernel"] *= 2.0**-10
         scaled = by_magnitude(params, 0.6, normalize_scores=True)
+        jax.tree.map(np.testing.assert_array_equal, result.mask, scaled.mask)
+
+    def test_nor_on_that_of_a_member_of_a_stack(self):
+        kernel = jax.random.normal(jax.random.key(0), (3, 8, 8))
+        options = {"layout": {"": "LIO"}, "normalize_scores": True}
+        result, scaled = (
+            by_magnitude({"kernel": stack}, 0.6, **options)
+            for stack in (kernel, kernel.at[1].multiply(2.0**-10))
+        )
         jax.tree.map(np.testing.assert_array_equal, result.mask, scaled.mask)
 
     def test_the_mean_is_that_of_the_unpruned_weights(self):

@@ -567,3 +567,17 @@ def test_images_in_place_of_patches_are_refused_with_the_way_to_get_them():
 def test_wrong_windows_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         pruning.conv_patches(np.ones((2, 6, 6, 3)), **({"window": (3, 3)} | arguments))
+
+
+@pytest.mark.parametrize("update", ["sweep", "joint"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_the_scale_of_the_inputs_does_not_matter(scale, update):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(48, 16)), jnp.float32)
+    inputs = rng.normal(size=(400, 48)) @ rng.normal(size=(48, 48))
+    scaled, plain = (
+        pruning.prune_layer(kernel, jnp.asarray(inputs * c, jnp.float32), 0.5, update=update)
+        for c in (scale, 1.0)
+    )
+    np.testing.assert_allclose(scaled.error, plain.error, rtol=1e-3)
+    np.testing.assert_allclose(scaled.damping, plain.damping * scale**2, rtol=1e-3)

@@ -668,3 +668,73 @@ def test_layers_that_groups_do_not_fill_are_listed_and_stay():
     assert [layer.path for layer in result.layers] == ["layers_2/kernel"]
     assert [layer.path for layer in result.unseen] == ["layers_0/kernel"]
     np.testing.assert_array_equal(result.params["layers_0"]["kernel"], params["layers_0"]["kernel"])
+
+
+class WithOwnKernels(nn.Module):
+    """Two layers that are seen, and between them two kernels that the walk cannot see."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(32, name="first")(x)
+        for name, shape in (("wide_kernel", (32, 256)), ("narrow_kernel", (256, 32))):
+            x = jnp.tanh(x @ self.param(name, nn.initializers.lecun_normal(), shape))
+        return nn.Dense(8, name="last")(x)
+
+
+@pytest.mark.filterwarnings("ignore:2 selected kernels")
+@pytest.mark.parametrize("sparsity", [0.5, {"first|last": 0.5, "wide|narrow": 0.7}])
+def test_the_sparsity_is_that_of_the_layers_that_are_seen(sparsity):
+    inputs = normal(256, 32)
+    params = params_of(WithOwnKernels(), inputs)
+    result = pruning.prune_layers(WithOwnKernels(), params, [inputs], sparsity)
+    assert abs(result.sparsity - 0.5) < 0.001
+    assert {layer.path for layer in result.layers} == {"first/kernel", "last/kernel"}
+
+
+def test_layers_that_share_their_inputs_have_rows_of_their_own():
+    class Shortcut(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            shortcut = nn.Conv(4, (1, 1), name="shortcut")(x).mean((1, 2))
+            return shortcut + nn.Conv(4, (4, 4), strides=4, name="down")(x).mean((1, 2))
+
+    images = normal(8, 8, 8, 4)
+    params = params_of(Shortcut(), images)
+    with pytest.warns(UserWarning, match="fewer rows of inputs than features.*down/kernel: 32 for"):
+        result = pruning.prune_layers(Shortcut(), params, [images], 0.5)
+    assert [layer.num_rows for layer in result.layers] == [8 * 64, 8 * 4]
+
+
+def test_arguments_that_are_no_arrays_reach_the_call_as_they_are():
+    class Switched(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, mode):
+            x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(6)(x))
+            return nn.Dense(3)(x if mode == "plain" else -x)
+
+    inputs = normal(64, 4)
+    params = Switched().init(jax.random.key(0), inputs, False, "plain")["params"]
+    flagged = pruning.prune_layers(Switched(), params, [(inputs, False, "plain")], 0.5)
+    bound = pruning.prune_layers(
+        Switched(), params, [inputs], 0.5, call=lambda module, x: module(x, False, "plain")
+    )
+    jax.tree.map(np.testing.assert_array_equal, flagged.params, bound.params)
+
+
+def test_all_remaining_weights_are_counted():
+    inputs = normal(64, 4)
+    params = params_of(MLP(), inputs)
+    result = pruning.prune_layers(MLP(), params, [inputs], 0.5)
+    kept = sum(layer.kept for layer in result.layers)
+    biases = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 1)
+    assert result.num_kept == kept + biases
+    assert "model" in result.table()
+
+
+def test_a_mask_that_empties_a_layer_is_said():
+    inputs = normal(64, 4)
+    params = params_of(MLP(), inputs)
+    mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    mask["head"]["kernel"] = jnp.zeros_like(mask["head"]["kernel"])
+    with pytest.warns(UserWarning, match="mask leaves no weight in head/kernel"):
+        pruning.prune_layers(MLP(), params, [inputs], None, mask=mask)

@@ -1,6 +1,7 @@
 """Structured pruning: N of M along the fan-in, blocks of weights, whole outputs."""
 
 import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -92,3 +93,22 @@ def test_a_share_that_units_do_not_meet_is_rounded_down():
     params = {"kernel": jnp.arange(1.0, 13.0).reshape(4, 3)}
     result = problems.prune(params, None, 0.5, method="magnitude", structure=pruning.OutputUnits())
     assert result.sparsity == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_a_pattern_may_match_leaves_alone_that_cannot_hold_the_structure(distribution):
+    params = {
+        "odd": {"kernel": jax.random.normal(jax.random.key(0), (6, 3))},
+        "even": {"kernel": jax.random.normal(jax.random.key(1), (8, 4))},
+    }
+    result = pruning.prune(
+        params,
+        None,
+        {"odd": 0.25, "even": 0.5},
+        method="magnitude",
+        structure=pruning.NM(2, 4),
+        distribution=distribution,
+    )
+    assert [leaf.path for leaf in result.skipped] == ["odd/kernel"]
+    assert result.sparsity == 0.5
+    np.testing.assert_array_equal(result.params["odd"]["kernel"], params["odd"]["kernel"])

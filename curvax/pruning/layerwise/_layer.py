@@ -13,6 +13,7 @@ from curvax._layouts import KernelLayout, kernel_layout
 from curvax._trees import wide_dtype
 from curvax.fisher.inverse._column_blocks import context_of, on_automatic_mesh
 from curvax.pruning._structures import NM
+from curvax.pruning._weights import check_fits, check_on_host
 from curvax.pruning.layerwise._gram import InputGram, Inputs, input_gram
 from curvax.pruning.layerwise._matrix import pruned_matrix, relative_error
 from curvax.pruning.layerwise._options import LayerMethod, LayerOptions, LayerUpdate, Order
@@ -134,8 +135,11 @@ def prune_layer(
     """
     options = LayerOptions(method, update, structure, damping, block_size, order)
     options.check()
+    check_on_host((kernel, mask))
     kernel, axes = jnp.asarray(kernel), layer_layout(jnp.shape(kernel), layout)
     check_layer("kernel", kernel, sparsity, options, axes, mask)
+    if mask is not None and not np.any(mask):
+        raise ValueError("mask leaves no weight of kernel: nothing can be pruned or fitted.")
     sizes = tuple(kernel.shape[axis] for axis in axes.spatial + axes.fan_in)
     gram = inputs if isinstance(inputs, InputGram) else input_gram(inputs, sizes)
     if len(gram.matrix) > gram.num_rows:
@@ -275,6 +279,7 @@ def pruned_layer(
         idle = np.flatnonzero(~pruned & dead[:, np.newaxis])
         pruned.flat[idle[: max(0, room)]] = True
     new, chosen, damping = pruned_matrix(weights, matrix, pruned, target, options)
+    check_fits("kernel", new, kernel.dtype)
     rounded = new.astype(kernel.dtype)
     return LayerResult(
         as_kernel(rounded),

@@ -1,5 +1,6 @@
 """Pruning of a matrix of weights, given the Gram matrix of its inputs."""
 
+import math
 import warnings
 
 import jax
@@ -40,7 +41,8 @@ def pruned_matrix(
       The new weights, which of them are pruned, and the damping $\lambda$.
     """
     places = _order(gram, options)
-    weights, gram, pruned = weights[places], gram[places][:, places], pruned[places]
+    unit = 2.0 ** round(math.log2(float(_scale(gram))))  # so that no square leaves the dtype
+    weights, gram, pruned = weights[places], gram[places][:, places] / unit, pruned[places]
     update = options.update or _UPDATES[options.method]
     damping = options.damping * float(_scale(gram))
     factor = None
@@ -58,7 +60,7 @@ def pruned_matrix(
         assert factor is not None
         new = swept(weights, factor, chosen, block_size=options.block_size)[0]
     back = np.argsort(places)
-    return new[back], chosen[back], damping
+    return new[back], chosen[back], damping * unit
 
 
 def _chosen(

@@ -1,13 +1,13 @@
 """What a walk over the layers of a model needs to know of it."""
 
 import abc
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from curvax._trees import PyTree, named_leaves
+from curvax.curvature._compiled import Static
 from curvax.pruning.layerwise._calls import Reader, reader_of
 from curvax.pruning.layerwise._gram import gram_of, on_automatic_axes
 
@@ -103,8 +103,12 @@ class Model(abc.ABC):
     def calls(self, params: PyTree, arguments: Arguments, shapes: Shapes) -> Calls:
         """Traces the model once."""
         recorder = Recorder(shapes)
-        run = functools.partial(self._recorded, recorder)
-        return recorder.summary(jax.eval_shape(run, params, self._others(), arguments))
+        arrays, rest = Static.split(arguments)
+
+        def run(params: PyTree, others: PyTree, arrays: list[Any]) -> dict[str, Sums]:
+            return self._recorded(recorder, params, others, rest.merge(arrays))
+
+        return recorder.summary(jax.eval_shape(run, params, self._others(), arrays))
 
     def sums(self, params: PyTree, arguments: Arguments, paths: tuple[str, ...]) -> dict[str, Sums]:
         """The sums over the inputs of some layers in one batch."""
@@ -112,11 +116,14 @@ class Model(abc.ABC):
             leaves = dict(named_leaves(params))
             shapes = {path: leaves[path].shape for path in paths}
 
-            def run(params: PyTree, others: PyTree, arguments: Arguments) -> dict[str, Sums]:
-                return self._recorded(Recorder(shapes), params, others, arguments)
+            def run(
+                params: PyTree, others: PyTree, arrays: list[Any], rest: Static
+            ) -> dict[str, Sums]:
+                return self._recorded(Recorder(shapes), params, others, rest.merge(arrays))
 
-            self._compiled = {paths: jax.jit(run)}  # those before are not needed again
-        return self._compiled[paths](params, self._others(), arguments)
+            # Those before are not needed again.
+            self._compiled = {paths: jax.jit(run, static_argnums=3)}
+        return self._compiled[paths](params, self._others(), *Static.split(arguments))
 
     @abc.abstractmethod
     def _others(self) -> PyTree:

@@ -1,9 +1,12 @@
 """The result of a walk over the layers of a model, with a table."""
 
+import math
 from typing import Generic, NamedTuple
 
-from curvax._trees import Tree
-from curvax.pruning._weights import Skipped
+import jax
+
+from curvax._trees import Tree, shape_of
+from curvax.pruning._weights import Skipped, num_kept
 
 
 class PrunedLayer(NamedTuple):
@@ -51,8 +54,13 @@ class LayersResult(NamedTuple, Generic[Tree]):
         """The share of zeros in the pruned layers together."""
         return 1 - sum(layer.kept for layer in self.layers) / sum(x.size for x in self.layers)
 
+    @property
+    def num_kept(self) -> int:
+        """The number of all remaining weights, biases, norms and embeddings included."""
+        return num_kept(self.params, self.mask)
+
     def table(self) -> str:
-        """Sparsity and error of each pruned layer, and the unseen ones, as text."""
+        """Sparsity and error of each pruned layer, of the whole model, and the unseen, as text."""
         paths = [layer.path for layer in self.layers] + [layer.path for layer in self.unseen]
         width = max(map(len, ["total", *paths]))
         lines = [f"{'':{width}}  {'weights':>10}  {'sparsity':>8}  {'error':>8}"]
@@ -62,5 +70,7 @@ class LayersResult(NamedTuple, Generic[Tree]):
         ]
         size = sum(layer.size for layer in self.layers)
         lines.append(f"{'total':{width}}  {size:>10,}  {self.sparsity:>8.2%}")
+        size = sum(math.prod(shape_of(leaf)) for leaf in jax.tree.leaves(self.params))
+        lines.append(f"{'model':{width}}  {size:>10,}  {1 - self.num_kept / size:>8.2%}")
         lines += [f"{layer.path:{width}}  not pruned: {layer.reason}" for layer in self.unseen]
         return "\n".join(lines)

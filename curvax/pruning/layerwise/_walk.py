@@ -1,6 +1,7 @@
 """A walk over the layers of a Flax model: each is pruned with the inputs that pruned ones give."""
 
 import collections
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
@@ -16,9 +17,11 @@ from curvax.fisher.inverse._column_blocks import context_of
 from curvax.pruning._structures import NM, check_structure
 from curvax.pruning._targets import erk_sparsities, members_by_pattern
 from curvax.pruning._weights import (
+    Leaf,
     Skipped,
     check_mask,
     check_not_tied,
+    check_on_host,
     chosen_leaves,
     is_kernel,
 )
@@ -134,15 +137,17 @@ def prune_layers(
     check_choice("distribution", distribution, get_args(LayerDistribution))
     check_structure(structure, distribution)
     walked, tree = _model_and_params(model, params, variables, call)
+    check_on_host(tree)
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    targets = _targets(tree, select, sparsity, distribution)
+    patterns = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+    wanted = _wanted(tree, select, patterns)
     leaves = _Leaves(tree, mask)
-    calls = walked.calls(
-        tree, _first(batches), {path: leaves.params[path].shape for path in targets}
-    )
+    shapes = {leaf.path: leaf.shape for leaf in sorted(itertools.chain(*wanted.values()))}
+    calls = walked.calls(tree, _first(batches), shapes)
     unfit = _unfit(calls.seen, leaves, structure)
     fitting = [call for call in calls.seen if call.path not in unfit]
-    reasons = _reasons(targets, calls._replace(seen=fitting, reasons={**calls.reasons, **unfit}))
+    reasons = _reasons(shapes, calls._replace(seen=fitting, reasons={**calls.reasons, **unfit}))
+    targets = _targets(wanted, patterns, {call.path for call in fitting}, distribution)
     groups = _groups(fitting)
     leaves.cut(leaves.params.keys() - {call.path for call in fitting})
     for first in (call for group in groups for call in group):
@@ -239,25 +244,33 @@ def _arguments(batch: Any) -> Arguments:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-def _targets(
-    params: PyTree, select: Select, sparsity: LayerSparsities, distribution: LayerDistribution
-) -> dict[str, float | None]:
-    """The sparsity of each leaf that is to be pruned, by path."""
-    patterns = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+def _wanted(params: PyTree, select: Select, patterns: Mapping[str, Any]) -> dict[str, list[Leaf]]:
+    """The leaves that are to be pruned, by the pattern that is the first to match."""
     for pattern, value in patterns.items():
         if value is not None:
             name = f"sparsity[{pattern!r}]" if pattern else "sparsity"
             check_range(name, value, low=0.0, high=1.0, open_high=True)
     leaves = chosen_leaves(params, select, "auto")
     check_not_tied(leaves, params)
-    targets: dict[int, float | None] = {}
-    for pattern, members in members_by_pattern([leaf.path for leaf in leaves], patterns).items():
-        value = patterns[pattern]
-        own: list[Any] = [value] * len(members)
-        if distribution == "erk" and value is not None:
-            own = erk_sparsities([leaves[member] for member in members], value)
-        targets.update(zip(members, own, strict=True))
-    return {leaves[number].path: targets[number] for number in sorted(targets)}
+    found = members_by_pattern([leaf.path for leaf in leaves], patterns)
+    return {pattern: [leaves[number] for number in numbers] for pattern, numbers in found.items()}
+
+
+def _targets(
+    wanted: dict[str, list[Leaf]],
+    patterns: Mapping[str, float | None],
+    paths: set[str],
+    distribution: LayerDistribution,
+) -> dict[str, float | None]:
+    """The sparsity of each of the layers that can be pruned, by path."""
+    targets: dict[str, float | None] = {}
+    for pattern, leaves in wanted.items():
+        own, value = [leaf for leaf in leaves if leaf.path in paths], patterns[pattern]
+        values: list[Any] = [value] * len(own)
+        if distribution == "erk" and value is not None and own:
+            values = erk_sparsities(own, value)
+        targets.update(zip([leaf.path for leaf in own], values, strict=True))
+    return targets
 
 
 def _unfit(calls: list[Call], leaves: _Leaves, structure: NM | None) -> dict[str, str]:
@@ -313,11 +326,11 @@ def _grams(
 ) -> dict[str, InputGram]:
     """The Gram matrices of layers that are called together; an entry of ``reasons`` for others."""
     totals: dict[str, Sums] = {}
-    rows = 0
+    rows: collections.Counter[str] = collections.Counter()
     for batch in batches:
         sums = model.sums(params, _arguments(batch), tuple(paths))
         totals = _added(totals, sums) if totals else sums
-        rows += int(sums[paths[0]].num_rows)
+        rows.update({path: int(own.num_rows) for path, own in sums.items()})
     grams = {}
     for path, total in totals.items():
         if not bool(jnp.isfinite(jnp.trace(total.gram))):
@@ -330,7 +343,7 @@ def _grams(
         elif float(jnp.trace(total.gram)) == 0:
             reasons[path] = "its inputs are zero throughout"
         else:
-            grams[path] = InputGram(total.gram / rows, rows)
+            grams[path] = InputGram(total.gram / rows[path], rows[path])
     return grams
 
 
@@ -345,7 +358,12 @@ def _pruned(path: str, result: LayerResult, features: int) -> PrunedLayer:
 
 
 def _warn(layers: list[PrunedLayer], unseen: tuple[Skipped, ...]) -> None:
-    """One warning for the layers that were not pruned, one for those with few inputs."""
+    """One warning for layers that are empty, for those not pruned, and for those of few inputs."""
+    if empty := ", ".join(layer.path for layer in layers if not layer.kept):
+        warnings.warn(
+            f"mask leaves no weight in {empty}, which cuts the network: make it with min_density.",
+            stacklevel=3,
+        )
     if unseen:
         listed = "; ".join(f"{layer.path}: {layer.reason}" for layer in unseen)
         warnings.warn(
