@@ -1,7 +1,7 @@
 """Structured pruning: N of M along the fan-in, blocks of weights, whole outputs."""
 
-import jax.numpy as jnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
