@@ -9,7 +9,12 @@ import optax
 
 from curvax._checks import is_traced
 from curvax._trees import PyTree, has_holes, is_hole, is_placeholder, part_like
-from curvax.pruning._masking import masked_arguments, where_kept, zeroing_updates
+from curvax.pruning._masking import (
+    masked_arguments,
+    state_of_kept,
+    where_kept,
+    zeroing_updates,
+)
 from curvax.pruning._weights import check_mask
 
 
@@ -35,9 +40,10 @@ def keep_pruned(
     With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn`` with
     zeros at the pruned weights, so that its moments, window and curvature depend on kept weights
     only, and the update of a pruned weight $w$ is $-w$: it is zero afterwards, whatever was added
-    in between (exactly, if updates have the parameters' dtype). Without ``inner`` the
-    transformation only does the latter: put it at the end of a chain, not before an optimizer,
-    which would scale $-w$ like a gradient.
+    in between (exactly, if updates have the parameters' dtype). So is what the optimizer keeps for
+    it, further copies of the weights as in ``optax.contrib.schedule_free`` included. Without
+    ``inner`` the transformation only makes pruned weights zero: put it at the end of a chain, not
+    before an optimizer, which would scale $-w$ like a gradient.
 
     Args:
       mask: a tree of bool like the params, True for the weights that are kept. Leaves with a scalar
@@ -83,7 +89,7 @@ def keep_pruned(
             where_kept(kept, updates), state.inner_state, params, **extra_args
         )
         updates = zeroing_updates(kept, updates, params)
-        return updates, KeepPrunedState(kept, inner_state)
+        return updates, KeepPrunedState(kept, state_of_kept(kept, inner_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

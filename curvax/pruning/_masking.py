@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax._trees import PyTree, is_hole, part_like, shape_of
+from curvax._trees import Path, PyTree, is_hole, is_inexact, part_like, path_names, shape_of
 
 
 def is_never_pruned(kept: Any, leaf: Any) -> bool:
@@ -37,6 +37,29 @@ def zeroing_updates(mask: PyTree, updates: PyTree, params: PyTree) -> PyTree:
         params,
         is_leaf=is_hole,
     )
+
+
+def state_of_kept(mask: PyTree, state: PyTree) -> PyTree:
+    """The state with zeros at pruned weights, in moments and in further copies of the weights.
+
+    They are found by the end of their path and by their shape, which are those of a leaf of the
+    mask.
+    """
+    masks = {
+        path_names(path): kept
+        for path, kept in jax.tree_util.tree_leaves_with_path(mask)
+        if shape_of(kept)
+    }
+
+    def kept_of(path: Path, leaf: Any) -> Any:
+        names = path_names(path)
+        for start in range(len(names) + 1):
+            kept = masks.get(names[start:])
+            if kept is not None and shape_of(kept) == shape_of(leaf) and is_inexact(leaf):
+                return jnp.where(kept, leaf, 0)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(kept_of, state)
 
 
 def masked_arguments(extra_args: dict[str, Any], mask: PyTree, updates: PyTree) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from curvax._checks import as_key, check_choice, check_count
+from curvax._checks import as_key, check_choice, check_count, check_like, check_range
 from curvax._layouts import Layout, check_layout
 from curvax._trees import (
     PyTree,
@@ -18,7 +18,12 @@ from curvax._trees import (
     named_leaves,
     varying_like,
 )
-from curvax.pruning._masking import masked_arguments, where_kept, zeroing_updates
+from curvax.pruning._masking import (
+    masked_arguments,
+    state_of_kept,
+    where_kept,
+    zeroing_updates,
+)
 from curvax.pruning._plan import (
     Method,
     Plan,
@@ -64,6 +69,7 @@ def prune_on_schedule(
     method: Method = "magnitude",
     select: Select = is_kernel,
     distribution: Distribution = "global",
+    min_density: float | None = None,
     structure: NM | None = None,
     layout: Layout = "auto",
     regrow: Sparsity | None = None,
@@ -79,15 +85,18 @@ def prune_on_schedule(
     of the selected leaves that are not finite, the mask stays as it is until the next interval.
 
     The optimizer sees gradients, ``hessian_diag`` and ``obj_fn`` with zeros at the pruned weights,
-    as with `keep_pruned`, and the update of a pruned weight $w$ is $-w$: it is zero afterwards.
-    The mask is read with ``optax.tree.get(state, "mask")``.
+    as with `keep_pruned`, and the update of a pruned weight $w$ is $-w$: it is zero afterwards, and
+    without ``regrow`` so is what the optimizer keeps for it, such as the copy of the weights of
+    ``optax.contrib.schedule_free``. The mask is read with ``optax.tree.get(state, "mask")``. What
+    keeps a copy of the weights outside, such as ``optax.lookahead``, brings pruned ones back: set
+    them to zero in what you evaluate, with the mask.
 
     A new mask takes up to 31 passes over the scores (62 where many are equal) and temporary memory
     of about 12 bytes a weight; nothing is sorted, and on a mesh devices only exchange counts.
     All other steps just apply the mask. Leaves that are not selected cost nothing.
 
     Args:
-      sparsity: the share of pruned weights among those of the selected leaves, in [0, 1], or an
+      sparsity: the share of pruned weights among those of the selected leaves, in [0, 1), or an
         Optax schedule of it; or a mapping of patterns, which ``re.search`` finds in a leaf's path,
         to these: the leaves of each pattern are a group of their own, others are not pruned.
       inner: the optimizer to wrap.
@@ -102,8 +111,10 @@ def prune_on_schedule(
         sparsity; "erk" (Erdős-Rényi-Kernel) gives it the density
         $\epsilon (n_{in} + n_{out} + h + w) / (n_{in} n_{out} h w)$, at most 1, with the
         $\epsilon$ at which all leaves together have the sparsity.
+      min_density: the share of each leaf's weights that is kept in any case, rounded up.
       structure: ``NM(n, m)``: the n weights of highest score in each m consecutive ones along the
         fan-in are never pruned, so that a schedule ending at $1 - n/m$ ends with N:M sparsity.
+        Leaves that cannot hold it are not pruned, and named in a warning at ``init``.
       layout: what the axes of leaves are, for "erk" and ``structure``.
       regrow: a share, or a schedule of it, as in RigL: each new mask also drops this share of the
         kept weights, those of lowest score, and brings back as many pruned ones, those of largest
@@ -116,8 +127,9 @@ def prune_on_schedule(
       the callable ``select`` in ``static_args``.
 
     Raises:
-      ValueError: if an argument is out of its range; at ``init``, if no leaf is selected, a leaf
-        does not fit ``structure``, or the optimizer has no second moments.
+      ValueError: if an argument is out of its range, or a sparsity in the end above what
+        ``structure`` or ``min_density`` allow; at ``init``, if no leaf is selected or none holds
+        ``structure``, or the optimizer has no second moments.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -140,15 +152,17 @@ def prune_on_schedule(
 
       Lee et al, [JaxPruner](https://arxiv.org/abs/2304.14082), 2023
     """
-    check_sparsity(sparsity)
     check_count("update_interval", update_interval)
     check_choice("method", method, get_args(Method))
     check_choice("distribution", distribution, get_args(Distribution))
     check_layout(layout)
     check_nm(structure, distribution, regrow)
+    if min_density is not None:
+        check_range("min_density", min_density, low=0.0, high=1.0, open_high=True)
+    check_sparsity(sparsity, structure, min_density)
     if regrow is not None:
         check_share("regrow", regrow)
-    rule = Rule(sparsity, method, select, distribution, structure, layout, regrow)
+    rule = Rule(sparsity, method, select, distribution, min_density, structure, layout, regrow)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PruneOnScheduleState:
@@ -166,6 +180,7 @@ def prune_on_schedule(
     ) -> tuple[optax.Updates, PruneOnScheduleState]:
         if params is None:
             raise ValueError("prune_on_schedule needs params: call update(updates, state, params).")
+        check_like("updates", updates, params)
         due = state.step % update_interval == 0
         mask = _mask_if(due, rule, state, updates, params)
         extra_args = masked_arguments(extra_args, mask, updates)
@@ -173,6 +188,8 @@ def prune_on_schedule(
             where_kept(mask, updates), state.inner_state, params, **extra_args
         )
         updates = zeroing_updates(mask, updates, params)
+        if regrow is None:
+            inner_state = state_of_kept(mask, inner_state)
         step = optax.safe_increment(state.step)
         return updates, PruneOnScheduleState(step, state.mask_key, mask, inner_state)
 
@@ -227,22 +244,37 @@ def _new_masks(
     scores = _scores(rule.method, weights, grads, moments, state)
     keys = [jnp.where(m, ascending(s), 0) for m, s in zip(masks, scores, strict=True)]
     pools, numbers = plan.targets.pools, plan.targets.numbers(state.step)
+    most: Any = np.array(pools.totals, np.int32)
     if rule.structure is not None and plan.axes is not None:
         n, m = rule.structure.n, rule.structure.m
         keys = [keep_best(k, axis, n, m) for k, axis in zip(keys, plan.axes, strict=True)]
-        most = [total // m * (m - n) for total in pools.totals]
-        numbers = jnp.minimum(numbers, np.array(most, np.int32))
+        most = most // m * (m - n)
+    elif rule.min_density is not None:  # n of m are more
+        sizes = jnp.array([key.size for key in keys], jnp.int32)
+        least = sizes - share(1 - value_at(rule.min_density, state.step), sizes)
+        keys = _protected(keys, least)
+        most = most - pools.sums(list(least))
+    numbers = jnp.minimum(numbers, most)
     if rule.regrow is not None:
-        new = _regrown(rule.regrow, pools, numbers, keys, grads, state)
+        new = _regrown(rule.regrow, pools, numbers, most, keys, grads, state)
     else:
         new = [m & ~p for m, p in zip(masks, smallest(keys, pools, numbers), strict=True)]
     return [jnp.where(usable, *pair) for pair in zip(new, masks, strict=True)]
+
+
+def _protected(keys: list[jax.Array], numbers: jax.Array) -> list[jax.Array]:
+    """The keys, with the best of each leaf out of the reach of pruning."""
+    leaves = Pools(tuple(range(len(keys))), tuple(key.size for key in keys))
+    descending = [LARGEST - key for key in keys]
+    best = smallest(descending, leaves, numbers)
+    return [jnp.where(b & (k > 0), LARGEST, k) for b, k in zip(best, keys, strict=True)]
 
 
 def _regrown(
     fraction: Sparsity,
     pools: Pools,
     numbers: jax.Array,
+    most: Any,
     keys: list[jax.Array],
     grads: list[jax.Array],
     state: PruneOnScheduleState,
@@ -250,7 +282,7 @@ def _regrown(
     """Masks with ``numbers`` pruned, a share of which have just changed places with kept ones."""
     wanted = jnp.array(pools.totals, jnp.int32) - numbers
     dropped = share(value_at(fraction, state.step), wanted)
-    pruned = smallest(keys, pools, numbers + dropped)
+    pruned = smallest(keys, pools, jnp.minimum(numbers + dropped, most))
     kept = [(key > 0) & ~p for key, p in zip(keys, pruned, strict=True)]
     missing = wanted - pools.sums([jnp.sum(k, dtype=jnp.int32) for k in kept])
     descending = [
@@ -291,10 +323,10 @@ def _moments(method: Method, plan: Plan, inner_state: PyTree) -> list[jax.Array]
     entries = optax.tree.get_all_with_path(inner_state, "nu")
     found = {name: leaf for _, nu in entries for name, leaf in named_leaves(nu)}
     for leaf in plan.leaves:
-        if leaf.name not in found or found[leaf.name].shape != leaf.shape:
+        if leaf.path not in found or found[leaf.path].shape != leaf.shape:
             raise ValueError(
-                f"method={method!r} needs the second moments of {leaf.name} in the state of inner, "
+                f"method={method!r} needs the second moments of {leaf.path} in the state of inner, "
                 "in a tree nu like the params, as optax.adam or curvax.adahessian keep them, and "
                 "found none: wrap such an optimizer, or use method='saliency'."
             )
-    return [found[leaf.name] for leaf in plan.leaves]
+    return [found[leaf.path] for leaf in plan.leaves]

@@ -1,7 +1,7 @@
 """Which leaves are pruned, and how many of their weights at a step: schedules and distributions."""
 
-import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,24 +14,13 @@ from curvax._layouts import Layout, kernel_layout
 from curvax._trees import PyTree, Select, named_leaves, shape_of
 from curvax.pruning._erk import erk_densities, erk_ratio
 from curvax.pruning._smallest import Pools, share
-from curvax.pruning._structures import NM, check_structure
+from curvax.pruning._structures import NM, check_structure, why_unfit
 from curvax.pruning._targets import Distribution
+from curvax.pruning._weights import Leaf
 
 Method = Literal["magnitude", "saliency", "fisher", "hessian", "random"]
 Sparsity = float | jax.Array | Callable[[Any], Any]  # a number, or a schedule of the count
 LATE = 2**30  # a count at which schedules have ended
-
-
-class NamedShape(NamedTuple):
-    """A leaf that is pruned."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
 
 
 class Group(NamedTuple):
@@ -73,29 +62,41 @@ def value_at(value: Sparsity, count: Any) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
 
 
-def check_share(name: str, value: Sparsity) -> None:
-    """Raises unless a number or both ends of a schedule are between 0 and 1."""
+def check_share(name: str, value: Sparsity, most: float = 1.0, advice: str = "") -> None:
+    """Raises, with advice, unless a number or a schedule's ends are between 0 and ``most``."""
     if not callable(value):
         check_range(name, value, low=0, high=1)
-        return
     with jax.ensure_compile_time_eval():
         for count in (0, LATE):
             reached = value_at(value, jnp.int32(count))
-            if not (is_traced(reached) or 0 <= reached <= 1):
+            if is_traced(reached):
+                continue
+            if not 0 <= reached <= 1:
                 raise ValueError(
                     f"{name} must be in [0, 1] at each count, got {reached} at {count}: let the "
                     "schedule end at a share, as optax.polynomial_schedule does."
                 )
+            if reached > most + 1e-6 or (reached == 1 and advice):
+                raise ValueError(f"{name} must not come to {reached}: {advice}")
 
 
-def check_sparsity(sparsity: Sparsity | Mapping[str, Sparsity]) -> None:
-    """Raises unless all numbers and schedules give shares, and all patterns are valid."""
-    if not isinstance(sparsity, Mapping):
-        check_share("sparsity", sparsity)
-        return
-    for pattern, value in sparsity.items():
+def check_sparsity(
+    sparsity: Sparsity | Mapping[str, Sparsity], structure: NM | None, min_density: float | None
+) -> None:
+    """Raises unless all numbers and schedules give shares that can be, and patterns are valid."""
+    most, advice = 1.0, "nothing would be left; lower it."
+    known = 0.0 if min_density is None or is_traced(min_density) else float(min_density)
+    if known:
+        most, advice = 1 - known, f"min_density={min_density} keeps more; lower one of them."
+    if structure is not None:
+        if known > structure.n / structure.m:
+            raise ValueError(f"min_density={min_density} is more than {structure} keeps: lower it.")
+        most = 1 - structure.n / structure.m
+        advice = f"{structure} allows a sparsity of at most {most:.6g}."
+    values = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+    for pattern, value in values.items():
         check_pattern("sparsity", pattern)
-        check_share(f"sparsity of {pattern!r}", value)
+        check_share(f"sparsity of {pattern!r}" if pattern else "sparsity", value, most, advice)
 
 
 def check_nm(structure: NM | None, distribution: Distribution, regrow: Sparsity | None) -> None:
@@ -116,13 +117,12 @@ def pattern_of(name: str, sparsity: Sparsity | Mapping[str, Sparsity]) -> str | 
 
 
 def targets(
-    leaves: Sequence[NamedShape],
+    leaves: Sequence[Leaf],
     sparsity: Sparsity | Mapping[str, Sparsity],
     distribution: Distribution,
-    layout: Layout,
 ) -> Targets:
     """The pools in which the weights of ``leaves`` are compared, and their sparsities."""
-    patterns = [pattern_of(leaf.name, sparsity) for leaf in leaves]
+    patterns = [pattern_of(leaf.path, sparsity) for leaf in leaves]
     groups, pools, totals = [], [0] * len(leaves), list[int]()
     for pattern in dict.fromkeys(patterns):
         members = [index for index, found in enumerate(patterns) if found == pattern]
@@ -134,7 +134,9 @@ def targets(
         if distribution == "global":
             sizes = (sum(sizes),)
         elif distribution == "erk":
-            ratios = tuple(_ratio(leaves[index], layout) for index in members)
+            ratios = tuple(
+                erk_ratio(leaves[index].layout, leaves[index].shape) for index in members
+            )
         groups.append(Group(value, sizes, ratios))
         totals += sizes
     _check_totals(totals)
@@ -149,10 +151,6 @@ def _check_totals(totals: Sequence[int]) -> None:
         )
 
 
-def _ratio(leaf: NamedShape, layout: Layout) -> float:
-    return erk_ratio(kernel_layout(leaf.name, leaf.shape, layout), leaf.shape)
-
-
 class Rule(NamedTuple):
     """How weights are chosen: the arguments of `prune_on_schedule`."""
 
@@ -160,6 +158,7 @@ class Rule(NamedTuple):
     method: Method
     select: Select
     distribution: Distribution
+    min_density: float | None
     structure: NM | None
     layout: Layout
     regrow: Sparsity | None
@@ -173,7 +172,8 @@ class Rule(NamedTuple):
 def chosen_names(rule: Rule, params: PyTree) -> set[str]:
     """The names of the leaves to prune; raises if none is chosen, or one cannot be pruned.
 
-    Scalars and empty leaves may be chosen, but are not pruned.
+    Scalars and empty leaves may be chosen, but are not pruned; nor are, with a warning, leaves that
+    cannot hold the structure.
     """
     entries = named_leaves(params)
     chosen = [(name, leaf) for name, leaf in entries if rule.selects(name, leaf)]
@@ -192,7 +192,27 @@ def chosen_names(rule: Rule, params: PyTree) -> set[str]:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"only real weights can be pruned, got {dtype} at {name}.")
-    return {name for name, leaf in chosen if shape_of(leaf) and 0 not in shape_of(leaf)}
+    leaves = [_leaf(rule, 0, name, shape_of(leaf)) for name, leaf in chosen]
+    return _fitting(rule, [leaf for leaf in leaves if leaf.shape and leaf.size])
+
+
+def _fitting(rule: Rule, leaves: list[Leaf]) -> set[str]:
+    """The paths of the leaves that can hold the structure, with a warning of the others."""
+    unfit = {leaf.path: reason for leaf in leaves if (reason := why_unfit(leaf, rule.structure))}
+    listed = "; ".join(f"{path}: {reason}" for path, reason in unfit.items())
+    if unfit and len(unfit) == len(leaves):
+        raise ValueError(f"no chosen leaf can hold {rule.structure}: {listed}.")
+    if unfit:
+        warnings.warn(
+            f"chosen leaves cannot hold {rule.structure} and are not pruned: {listed}. Leave them out "
+            "with select.",
+            stacklevel=5,
+        )
+    return {leaf.path for leaf in leaves} - unfit.keys()
+
+
+def _leaf(rule: Rule, number: int, path: str, shape: tuple[int, ...]) -> Leaf:
+    return Leaf(number, path, shape, kernel_layout(path, shape, rule.layout), ())
 
 
 class Plan(NamedTuple):
@@ -200,13 +220,13 @@ class Plan(NamedTuple):
 
     Attributes:
       positions: those of the pruned leaves among all leaves.
-      leaves: their names and shapes.
+      leaves: their paths, shapes and layouts.
       axes: for N:M the axis of each along which groups lie.
       targets: how many of their weights are pruned.
     """
 
     positions: tuple[int, ...]
-    leaves: tuple[NamedShape, ...]
+    leaves: tuple[Leaf, ...]
     axes: tuple[int, ...] | None
     targets: Targets
 
@@ -225,39 +245,17 @@ def make_plan(rule: Rule, params: PyTree, mask: PyTree) -> Plan:
         for index, ((_, shape), kept) in enumerate(zip(entries, masks, strict=True))
         if shape and shape_of(kept) == shape
     ]
-    leaves = [NamedShape(*entries[position]) for position in positions]
+    leaves = [_leaf(rule, position, *entries[position]) for position in positions]
     axes = None
     if rule.structure is not None:
-        axes = tuple(_group_axis(leaf, rule.structure, rule.layout) for leaf in leaves)
-    found = targets(leaves, rule.sparsity, rule.distribution, rule.layout)
+        axes = tuple(_group_axis(leaf, rule.structure) for leaf in leaves)
+    found = targets(leaves, rule.sparsity, rule.distribution)
     return Plan(tuple(positions), tuple(leaves), axes, found)
 
 
-def _group_axis(leaf: NamedShape, structure: NM, layout: Layout) -> int:
+def _group_axis(leaf: Leaf, structure: NM) -> int:
+    """The axis along which groups lie, of a leaf that can hold them."""
     if structure.axis is not None:
-        if not -len(leaf.shape) <= structure.axis < len(leaf.shape):
-            raise ValueError(
-                f"{structure} names an axis that {leaf.name} of shape {leaf.shape} does not have: "
-                "leave the leaf out with select."
-            )
-        return _divided(leaf, structure, structure.axis % len(leaf.shape))
-    found = kernel_layout(leaf.name, leaf.shape, layout)
-    if found is None or found.unknown or not found.fan_in:
-        letters = "IO".rjust(len(leaf.shape), "L")
-        raise ValueError(
-            f"{structure} needs the axis of fan-in, and {leaf.name} of shape {leaf.shape} was read "
-            f"as {found.letters if found else 'not a kernel'!r}: name its axes, with "
-            f"layout={{{leaf.name!r}: {letters!r}}} for (stacked axes, fan-in, outputs), or leave "
-            "the leaf out with select."
-        )
-    return _divided(leaf, structure, found.fan_in[-1])
-
-
-def _divided(leaf: NamedShape, structure: NM, axis: int) -> int:
-    """The axis, if groups fill it."""
-    if leaf.shape[axis] % structure.m:
-        raise ValueError(
-            f"{structure} needs an axis that {structure.m} divides, got {leaf.shape[axis]} at "
-            f"{leaf.name}; leave the leaf out with select."
-        )
-    return axis
+        return structure.axis % len(leaf.shape)
+    assert leaf.layout is not None
+    return leaf.layout.fan_in[-1]

@@ -158,9 +158,9 @@ def test_of_equal_weights_the_first_are_pruned():
     assert np.flatnonzero(~np.asarray(mask_of(state)["kernel"])).tolist() == list(range(7))
 
 
-def test_zero_sparsity_prunes_nothing_and_one_everything():
+def test_zero_sparsity_prunes_nothing_and_the_highest_all_but_one():
     params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
-    for sparsity, number in ((0.0, 0), (1.0, 6)):
+    for sparsity, number in ((0.0, 0), (0.9, 5)):
         tx = pruning.prune_on_schedule(sparsity, optax.sgd(0.1))
         _, state = tx.update(params, tx.init(params), params)
         assert num_pruned(state) == number
@@ -269,10 +269,58 @@ def test_nm_at_once_keeps_the_largest_of_each_group(seed):
 
 def test_of_equal_weights_an_nm_pattern_keeps_n():
     params = {"kernel": jnp.ones((8, 3))}
-    tx = pruning.prune_on_schedule(1.0, optax.sgd(0.1), structure=pruning.NM(2, 4))
+    tx = pruning.prune_on_schedule(0.5, optax.sgd(0.1), structure=pruning.NM(2, 4))
     _, state = tx.update(params, tx.init(params), params)
     kept = groups_along_fan_in(mask_of(state)["kernel"], 4)
     assert np.all(kept.sum(axis=1) == 2)
+
+
+def test_leaves_that_cannot_hold_an_nm_pattern_are_named_and_stay_dense():
+    params = {"even": {"kernel": jnp.ones((8, 4))}, "odd": {"kernel": jnp.ones((6, 4))}}
+    tx = pruning.prune_on_schedule(0.5, optax.sgd(0.1), structure=pruning.NM(2, 4))
+    with pytest.warns(UserWarning, match="not pruned: odd/kernel: 4 does not divide") as caught:
+        state = tx.init(params)
+    assert caught[0].filename == __file__
+    _, state = tx.update(params, state, params)
+    assert mask_of(state)["odd"]["kernel"].shape == ()
+    assert num_pruned(state) == 16
+
+
+# A share of each leaf that is kept.
+
+
+@every_seed
+@pytest.mark.parametrize("regrow", [None, 0.3])
+def test_a_leaf_of_tiny_weights_keeps_its_best(regrow, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"tiny": (8, 5), "large": (16, 16)}
+    params = {
+        name: {"kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32)}
+        for name, shape in shapes.items()
+    }
+    params["tiny"]["kernel"] *= 1e-3
+    tx = pruning.prune_on_schedule(
+        CUBIC, optax.sgd(0.0), update_interval=2, min_density=0.09, regrow=regrow
+    )
+    _, history = trained(tx, params, lambda p: optax.tree.sum(p), steps=20)
+    mask = mask_of(history[-1])
+    best = np.argsort(-np.abs(np.ravel(params["tiny"]["kernel"])), kind="stable")[:4]
+    assert set(np.flatnonzero(mask["tiny"]["kernel"])) >= set(best.tolist())
+    if regrow is None:
+        assert mask["tiny"]["kernel"].sum() == 4
+    assert num_pruned(history[-1]) == int(0.9 * 296)
+
+
+def test_the_kept_share_may_be_injected():
+    params, loss = params_and_loss()
+    make = optax.inject_hyperparams(
+        pruning.prune_on_schedule, static_args=("select", "inner", "method", "distribution")
+    )
+    options = {"sparsity": 0.8, "inner": optax.sgd(0.1), "distribution": "global"}
+    _, injected = trained(make(**options, min_density=0.15), params, loss, steps=2)
+    _, plain = trained(pruning.prune_on_schedule(**options, min_density=0.15), params, loss, 2)
+    for one, other in zip(kernels(mask_of(injected[-1])), kernels(mask_of(plain[-1])), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # Regrowth.
@@ -336,6 +384,23 @@ def test_the_optimizer_sees_zeros_at_pruned_weights(inner):
     for tree in (params, optax.tree.get(history[-1], "mu"), optax.tree.get(history[-1], "nu")):
         assert np.all(flat(kernels(tree))[~flat(kernels(mask_of(history[-1])))] == 0)
     assert loss(params) < loss(first)
+
+
+def test_copies_of_the_weights_in_the_optimizers_state_are_pruned_too():
+    params, loss = params_and_loss()
+    inner = optax.contrib.schedule_free_adamw(0.01, weight_decay=0.1)
+    tx = pruning.prune_on_schedule(CUBIC, inner, update_interval=2)
+    params, history = trained(tx, params, loss, steps=20)
+    inside = history[-1].inner_state
+    for tree in (params, optax.contrib.schedule_free_eval_params(inside, params)):
+        assert np.all(flat(kernels(tree))[~flat(kernels(mask_of(history[-1])))] == 0)
+
+
+def test_updates_of_another_tree_are_an_error():
+    params, _ = params_and_loss()
+    tx = pruning.prune_on_schedule(0.5, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="updates must match params leaf for leaf"):
+        tx.update({"first": params["first"]}, tx.init(params), params)
 
 
 def test_a_diagonal_from_outside_is_masked():
@@ -713,7 +778,7 @@ def test_a_share_of_billions_is_near():
 @pytest.mark.parametrize("axis", [2, -3])
 def test_an_axis_that_a_leaf_does_not_have_is_an_error(axis):
     tx = pruning.prune_on_schedule(0.5, optax.sgd(0.1), structure=pruning.NM(2, 4, axis))
-    with pytest.raises(ValueError, match=r"names an axis that kernel of shape \(4, 8\) does not"):
+    with pytest.raises(ValueError, match=rf"no chosen leaf .* kernel: it has no axis {axis}"):
         tx.init({"kernel": jnp.ones((4, 8))})
 
 
@@ -726,6 +791,14 @@ def test_an_axis_that_a_leaf_does_not_have_is_an_error(axis):
             r"sparsity must be in \[0, 1\] at each count, got 90.0",
         ),
         ({"sparsity": {"kernel": -0.1}}, "sparsity of 'kernel' must be a number"),
+        ({"sparsity": 1.0}, "sparsity must not come to 1.0: nothing would be left"),
+        ({"sparsity": optax.linear_schedule(0, 1, 9)}, "must not come to 1.0: nothing would be"),
+        ({"sparsity": "0.5"}, "sparsity must be a number"),
+        ({"sparsity": 0.75, "structure": pruning.NM(2, 4)}, "allows a sparsity of at most 0.5"),
+        ({"sparsity": {"kernel": CUBIC}, "structure": pruning.NM(1, 4)}, "at most 0.75"),
+        ({"min_density": 1.0}, "min_density must be a number"),
+        ({"min_density": 0.2, "sparsity": 0.9}, "min_density=0.2 keeps more; lower one"),
+        ({"min_density": 0.6, "structure": pruning.NM(2, 4)}, "min_density=0.6 is more than NM"),
         ({"sparsity": {"(": 0.1}}, "sparsity's keys are patterns"),
         ({"update_interval": 0}, "update_interval must be an integer of at least 1, got 0"),
         ({"method": "obs"}, "method must be one of 'magnitude', .* got 'obs'"),
@@ -749,11 +822,7 @@ def test_wrong_arguments_are_errors_at_once(arguments, message):
         ({"select": lambda path, leaf: False}, "select chooses no leaf of params; their paths are"),
         ({"sparsity": {"first": 0.5, "third": 0.1}}, "pattern 'third' .* match no selected leaf"),
         ({"method": "fisher"}, "method='fisher' needs the second moments of first/kernel"),
-        ({"structure": pruning.NM(2, 4)}, "needs an axis that 4 divides, got 6 at first/kernel"),
-        (
-            {"structure": pruning.NM(1, 2), "select": lambda path, leaf: True},
-            "first/bias of shape .* read as 'not a kernel'",
-        ),
+        ({"structure": pruning.NM(2, 7)}, "no chosen leaf can hold NM.* 7 does not divide the 6"),
     ],
 )
 def test_params_that_do_not_fit_are_errors_at_init(arguments, message):
