@@ -204,8 +204,8 @@ def _fitting(rule: Rule, leaves: list[Leaf]) -> set[str]:
         raise ValueError(f"no chosen leaf can hold {rule.structure}: {listed}.")
     if unfit:
         warnings.warn(
-            f"chosen leaves cannot hold {rule.structure} and are not pruned: {listed}. Leave them out "
-            "with select.",
+            f"chosen leaves cannot hold {rule.structure} and are not pruned: {listed}. Leave them "
+            "out with select.",
             stacklevel=5,
         )
     return {leaf.path for leaf in leaves} - unfit.keys()

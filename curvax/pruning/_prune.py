@@ -8,7 +8,7 @@ import numpy as np
 
 from curvax._checks import check_like
 from curvax._layouts import Layout
-from curvax._trees import PyTree, Select, Tree, named_leaves
+from curvax._trees import PyTree, Select, Tree, named_leaves, shape_of
 from curvax.fisher.inverse._column_blocks import automatic_mesh
 from curvax.fisher.inverse._input import checked_leaves
 from curvax.pruning._choice import weights_to_prune
@@ -98,7 +98,8 @@ def prune(
         published.
       block_size: the size of the blocks of $F$; None for the full matrix.
       fisher_diag: for ``method="fisher"``, the diagonal $F_{ii}$ itself in place of gradients, a
-        tree like ``params``: the second moments of an optimizer, ``optax.tree.get(state, "nu")``.
+        tree like ``params`` or the part of it that is pruned: the second moments of an optimizer,
+        ``optax.tree.get(state, "nu")``.
       mesh: devices over which the blocks are spread; by default those of sharded params.
       key: for ``method="random"``, a PRNG key or an integer seed.
 
@@ -155,7 +156,7 @@ def prune(
         rows = rows_of(weights, grads, params, options)
     elif options.needs_grads and (fisher_diag is None or options.update_of_kept != "none"):
         raise ValueError(f"method={method!r} with update={update!r} needs grads, got None.")
-    given = None if fisher_diag is None else _given_diagonal(weights, fisher_diag, params)
+    given = None if fisher_diag is None else _given_diagonal(weights, fisher_diag)
     targets = pools(weights.leaves, target, distribution, skipped)
     step = prune_step(weights, rows, targets, options, given=given)
     return result_of(params, mask, step.weights, skipped, step.predicted, step.num_failed)
@@ -272,10 +273,15 @@ def _mesh_of(params: PyTree) -> jax.sharding.Mesh | None:
     return None
 
 
-def _given_diagonal(weights: Weights, fisher_diag: PyTree, params: PyTree) -> np.ndarray:
-    check_like("fisher_diag", fisher_diag, params)
-    entries = [np.asarray(entry) for _, entry in named_leaves(fisher_diag)]
-    whole = np.concatenate([leaf.flat(entries[leaf.number]) for leaf in weights.leaves])
+def _given_diagonal(weights: Weights, fisher_diag: PyTree) -> np.ndarray:
+    entries = dict(named_leaves(fisher_diag))
+    for leaf in weights.leaves:
+        if leaf.path not in entries or shape_of(entries[leaf.path]) != leaf.shape:
+            raise ValueError(
+                f"fisher_diag must have a leaf of shape {leaf.shape} at {leaf.path}, like params; "
+                f"its leaves are: {', '.join(entries) or 'none'}."
+            )
+    whole = np.concatenate([leaf.flat(np.asarray(entries[leaf.path])) for leaf in weights.leaves])
     if not (np.isfinite(whole).all() and (whole >= 0).all()):
         raise ValueError("fisher_diag must be finite and at least zero.")
     return whole[weights.alive].astype(weights.values.dtype)
