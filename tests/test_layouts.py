@@ -592,7 +592,8 @@ def test_groups_run_along_the_fan_in_of_any_layout(structure, path, shape, axis)
     "structure", [pruning.NM(2, 4), pruning.WeightBlocks(4), pruning.OutputUnits()]
 )
 def test_an_open_axis_is_refused_by_structures_until_a_layout_names_it(structure):
-    params = {"mix": {"kernel": jnp.ones((4, 4, 4))}}
+    weights = np.random.default_rng(2).standard_normal((4, 4, 4))
+    params = {"mix": {"kernel": jnp.asarray(weights, jnp.float32)}}
     sentence = r"mix/kernel: its axes.*\(read as '\?\?\?'\): name them, with layout=.*'LIO'"
     with pytest.raises(ValueError, match=sentence):
         pruned(params, structure)
