@@ -1,6 +1,7 @@
 """Tables and a picture of all finished runs."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +19,28 @@ MARKS = "<!-- tables of make bench-pruning -->", "<!-- end of the tables -->"
 
 
 class Metric(NamedTuple):
-    """What a table shows of a run."""
+    """What a table shows of a run, and the title of its picture."""
 
+    title: str
     words: str
     of: Any  # a run's numbers -> a number
     digits: int
 
 
 METRICS = {
-    "cifar-resnet": Metric("Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1),
-    "fashion-resnet": Metric("Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1),
-    "shakespeare": Metric("Test perplexity of a character", lambda run: np.exp(run["loss"]), 3),
-    "multi30k": Metric("Test BLEU", lambda run: run["bleu"], 1),
+    "cifar-resnet": Metric(
+        "ResNet-20 on CIFAR-10", "Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1
+    ),
+    "fashion-resnet": Metric(
+        "ResNet-20 on Fashion-MNIST", "Test accuracy, %", lambda run: 100 * (1 - run["error"]), 1
+    ),
+    "shakespeare": Metric(
+        "Character model of Shakespeare",
+        "Test perplexity of a character",
+        lambda run: np.exp(run["loss"]),
+        3,
+    ),
+    "multi30k": Metric("Translation of Multi30k", "Test BLEU", lambda run: run["bleu"], 1),
 }
 SHOWN = {  # in the picture
     "magnitude": "#d55e00",
@@ -161,20 +172,35 @@ def plot(runs: Runs) -> Any:
     }
     if not panels:
         return None
-    figure = Figure(figsize=(4 * len(panels) + 0.4, 3.8), layout="constrained")
-    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (network, curves) in zip(drawn, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(9, 3.2 * rows + 0.6), layout="constrained")
+    drawn = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (network, curves) in zip(drawn, panels.items(), strict=False):
         for method, curve in curves.items():
             style = {"color": SHOWN[method], "label": method, "markersize": 3}
             axes.plot(list(curve), list(curve.values()), "o-", **style)
-        axes.set_title(network, loc="left", fontsize="medium")
+        if dense := _values(runs, network)["dense", ""]:
+            mean = np.mean(list(dense.values()))
+            axes.axhline(mean, color="black", linestyle=":", linewidth=1, label="dense")
+        axes.set_title(METRICS[network].title, loc="left", fontsize="medium")
         axes.set_xlabel("sparsity, %")
         axes.set_ylabel(METRICS[network].words)
         if network == "shakespeare":
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=[1, 2, 4, 6])
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    drawn[0].legend(frameon=False, fontsize="x-small")
+    for axes in drawn:  # what is left of the grid
+        axes.set_axis_off()
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
     return figure
 
 

@@ -171,7 +171,7 @@ def test_the_picture_has_a_panel_for_each_network_with_three_sparsities():
         "magnitude": {50.0: 50.0, 80.0: 50.0, 90.0: 50.0}
     }
     (panel,) = report.plot(runs).axes
-    assert panel.get_title(loc="left") == "cifar-resnet"
+    assert panel.get_title(loc="left") == report.METRICS["cifar-resnet"].title
 
 
 def test_every_method_has_a_name_of_its_own_in_the_picture():
