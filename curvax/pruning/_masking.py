@@ -43,17 +43,17 @@ def state_of_kept(mask: PyTree, state: PyTree) -> PyTree:
     """The state with zeros at pruned weights, in moments and in further copies of the weights.
 
     They are found by the end of their path and by their shape, which are those of a leaf of the
-    mask.
+    mask. A mask that is one array has no path, and a shape alone says too little.
     """
     masks = {
         path_names(path): kept
         for path, kept in jax.tree_util.tree_leaves_with_path(mask)
-        if shape_of(kept)
+        if path and shape_of(kept)
     }
 
     def kept_of(path: Path, leaf: Any) -> Any:
         names = path_names(path)
-        for start in range(len(names) + 1):
+        for start in range(len(names)):
             kept = masks.get(names[start:])
             if kept is not None and shape_of(kept) == shape_of(leaf) and is_inexact(leaf):
                 return jnp.where(kept, leaf, 0)

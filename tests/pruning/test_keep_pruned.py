@@ -199,3 +199,24 @@ def test_a_wrong_mask_is_named_under_a_partition():
     tx = optax.partition(transforms, {"a": "x", "b": "y"})
     with pytest.raises(ValueError, match="mask must match the gradients"):
         tx.init(params)
+
+
+def test_what_only_has_the_shape_of_the_params_is_left_alone():
+    params, mask = jnp.arange(1.0, 9.0), jnp.arange(8) % 2 == 0
+    inner = curvax.mfac(0.1, 8)  # as many gradients as there are weights
+    tx = pruning.keep_pruned(mask, inner)
+    state, plain = tx.init(params), inner.init(params)
+    for _ in range(10):
+        _, state = tx.update(params, state, params)
+        _, plain = inner.update(jnp.where(mask, params, 0), plain, params)
+    jax.tree.map(np.testing.assert_array_equal, state.inner_state, plain)
+
+
+def test_a_mask_that_is_replaced_reaches_the_state_too():
+    params, mask = PRUNED.params, PRUNED.mask
+    tx = pruning.keep_pruned(mask, optax.contrib.schedule_free_adamw(0.01))
+    _, state = train(tx, params)
+    fewer = jax.tree.map(lambda m: m & (jnp.arange(m.size).reshape(m.shape) % 2 == 0), mask)
+    state = optax.tree.set(state, mask=fewer)
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert np.all(at_pruned(optax.tree.get(state, "z"), fewer) == 0)
