@@ -202,8 +202,9 @@ def test_a_wrong_mask_is_named_under_a_partition():
 
 
 def test_what_only_has_the_shape_of_the_params_is_left_alone():
-    params, mask = jnp.arange(1.0, 9.0), jnp.arange(8) % 2 == 0
-    inner = curvax.mfac(0.1, 8)  # as many gradients as there are weights
+    params = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
+    mask = params > 0
+    inner = curvax.mfac(0.1, 8)  # whose Gram matrix has eight rows too
     tx = pruning.keep_pruned(mask, inner)
     state, plain = tx.init(params), inner.init(params)
     for _ in range(10):
