@@ -26,6 +26,7 @@ from curvax.curvature._losses import (
     softmax_cross_entropy,
     squared_error,
 )
+from curvax.curvature._nnx import for_nnx
 from curvax.curvature._probes import random_probe
 from curvax.curvature._products import hvp, linearized_hvp, value_grad_and_hvp
 from curvax.curvature._refresh import RefreshState, refresh_due
@@ -38,6 +39,7 @@ __all__ = [
     "WeightedTargets",
     "convex_loss",
     "fisher_vp",
+    "for_nnx",
     "from_state",
     "ggn_vp",
     "hessian_diag",

@@ -11,6 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvax._checks import as_key, check_count, check_like, check_range
+from curvax._extras import from_extra
 from curvax._trees import PyTree, Tree, named_leaves, tree_dot, tree_norm, widen
 from curvax.curvature._probes import Distribution, random_probe
 
@@ -134,7 +135,8 @@ class Operator:
 
     def to_scipy(self) -> "LinearOperator":
         """``scipy.sparse.linalg.LinearOperator`` on flat vectors of NumPy; needs SciPy."""
-        from scipy.sparse.linalg import LinearOperator
+        with from_extra("spectrum"):
+            from scipy.sparse.linalg import LinearOperator
 
         flat, _ = ravel_pytree(self.like)
         product = self.flat_product()
@@ -150,7 +152,8 @@ class Operator:
 
         Under lineax the product is traced, so the batches of a data set are unrolled.
         """
-        import lineax
+        with from_extra("spectrum"):
+            import lineax
 
         structure = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.like

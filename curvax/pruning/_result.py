@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import numpy as np
 
+from curvax._extras import new_axes
 from curvax._trees import PyTree, Tree
 from curvax.pruning._weights import Skipped, Weights, num_kept
 
@@ -93,11 +94,7 @@ class PruneResult(NamedTuple, Generic[Tree]):
         Returns:
           The axes.
         """
-        if ax is None:
-            from matplotlib.figure import Figure
-
-            height = 1 + 0.25 * len(self.layers)
-            ax = Figure(figsize=(6, height), layout="constrained").subplots()
+        ax = ax or new_axes(height=1 + 0.25 * len(self.layers))
         names = [layer.path for layer in self.layers]
         ax.barh(names, [100 * layer.sparsity for layer in self.layers], color="#0072b2")
         ax.axvline(100 * self.sparsity, color="#d55e00", linestyle="--", label="total")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from curvax._extras import new_axes
 from curvax._trees import named_leaves
 from curvax.curvature._hutchinson import TraceEstimate
 from curvax.spectrum._density import SpectralDensity
@@ -44,7 +45,7 @@ def plot_density(
       >>> spectrum.plot_density(density, outliers=[8.0]).get_yscale()
       'log'
     """
-    ax = ax or _new_axes()
+    ax = ax or new_axes()
     if log_x:
         threshold = density.bandwidth
         places = [np.arcsinh(values / threshold) for values in density.nodes]
@@ -96,7 +97,7 @@ def plot_sharpness(
       >>> ax.get_xlabel()
       'step'
     """
-    ax = ax or _new_axes()
+    ax = ax or new_axes()
     ax.plot(steps, sharpness, color=BLUE, label="sharpness")
     edge = 2 / np.broadcast_to(np.asarray(learning_rate, float), np.shape(steps))
     ax.plot(steps, edge, color=RED, linestyle="--", label="2 / learning rate")
@@ -132,7 +133,7 @@ def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) ->
     """
     if trace.per_leaf is None:
         raise ValueError('the trace has no values by leaf: use method="hutchinson".')
-    ax = ax or _new_axes()
+    ax = ax or new_axes()
     names, values = zip(*named_leaves(trace.per_leaf), strict=True)
     errors = np.nan_to_num([float(x) for x in jax.tree.leaves(trace.per_leaf_standard_error)])
     ax.barh(names, [float(value) for value in values], xerr=errors, color=BLUE, ecolor=GRAY)
@@ -159,7 +160,7 @@ def plot_batch_sizes(study: BatchSizeStudy, *, ax: "Axes | None" = None) -> "Axe
       >>> spectrum.plot_batch_sizes(study).get_xscale()
       'log'
     """
-    ax = ax or _new_axes()
+    ax = ax or new_axes()
     rows = (
         (study.largest, study.full_largest, RED, "largest"),
         (study.smallest, study.full_smallest, BLUE, "smallest"),
@@ -174,9 +175,3 @@ def plot_batch_sizes(study: BatchSizeStudy, *, ax: "Axes | None" = None) -> "Axe
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize="small")
     return ax
-
-
-def _new_axes() -> "Axes":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, 3.6), layout="constrained").subplots()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax._checks import check_choice, check_range, warn_of_batch_stats
+from curvax._extras import from_extra
 from curvax._progress import progress_bar
 from curvax._trees import PyTree, Select, Tree, named_leaves
 from curvax.fisher.inverse._column_blocks import context_of
@@ -215,8 +216,9 @@ class _Leaves:
 def _model_and_params(
     model: Any, params: PyTree | None, variables: Mapping[str, Any] | None, call: Any
 ) -> tuple[Model, PyTree]:
-    import flax.linen as nn
-    from flax import nnx
+    with from_extra("flax"):
+        import flax.linen as nn
+        from flax import nnx
 
     if isinstance(model, nn.Module):
         if params is None:
