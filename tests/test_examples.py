@@ -1,6 +1,8 @@
-"""The demo: data files, its table and plot, and what a wrong file says."""
+"""The demos and examples: what they print and save, and what a wrong file or option says."""
 
 import gzip
+import importlib
+import re
 import struct
 import sys
 from pathlib import Path
@@ -20,6 +22,17 @@ def demo(monkeypatch):
     yield digits
     for name in ("digits", "datasets"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """A function that imports a script of the examples by its name."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) == str(ROOT / "examples" / f"{name}.py"):
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -125,3 +138,73 @@ def test_a_batch_larger_than_the_data_is_refused(demo, capsys):
     with pytest.raises(SystemExit):
         demo.main(["--batch-size", "5000"])
     assert "--batch-size is above the 1437 training images" in capsys.readouterr().err
+
+
+@pytest.fixture
+def transformer(example, monkeypatch):
+    """The transformer with one layer on eight characters."""
+    module = example("nnx_transformer")
+    monkeypatch.setattr(module, "LAYERS", 1)
+    monkeypatch.setattr(module, "CONTEXT", 8)
+    return module
+
+
+def test_a_transformer_resumes_as_if_it_had_never_stopped(transformer, tmp_path, capsys):
+    def lines_of(steps, folder):
+        arguments = ["--schedule-steps", "8", "--batch-size", "4", "--every", "2"]
+        transformer.main([*arguments, "--steps", steps, "--output", str(tmp_path / folder)])
+        return re.findall(r"^step.*", capsys.readouterr().out, flags=re.MULTILINE)
+
+    whole = lines_of("4", folder="whole")
+    assert [*lines_of("2", folder="parts"), *lines_of("4", folder="parts")] == whole
+    assert "refreshes 4  refusals 0  clipped" in whole[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mfac"])
+def test_a_transformer_learns_its_text(transformer, tmp_path, capsys, optimizer):
+    text = tmp_path / "text"
+    text.write_text("abcdefgh" * 400)
+    arguments = ["--text", str(text), "--steps", "40", "--every", "20", "--batch-size", "8"]
+    output = ["--accumulate", "1", "--output", str(tmp_path)]
+    transformer.main(["--optimizer", optimizer, *arguments, *output])
+    losses = re.findall(r"validation (\d.\d+)", capsys.readouterr().out)
+    assert float(losses[-1]) < 1.5 < np.log(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "5", "--accumulate", "2"], "must be a multiple of --accumulate, 2"),
+        (["--text", "SHORT"], "the text has 3 characters"),
+    ],
+)
+def test_a_transformer_refuses_what_it_cannot_train_on(
+    transformer, tmp_path, capsys, arguments, message
+):
+    short = tmp_path / "short"
+    short.write_text("abc")
+    with pytest.raises(SystemExit):
+        transformer.main([str(short) if a == "SHORT" else a for a in arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_linen_network_is_trained_pruned_tuned_and_reloaded(example, tmp_path, capsys):
+    arguments = ["--epochs", "3", "--num-grads", "64", "--output", str(tmp_path)]
+    example("linen_cnn").main(arguments)
+    rows = re.findall(
+        r"^(\S+) +test accuracy +(\S+)%  zeros +(\S+)%", capsys.readouterr().out, re.M
+    )
+    accuracy = {stage: float(share) for stage, share, _ in rows}
+    zeros = {stage: float(share) for stage, _, share in rows}
+    assert accuracy["trained"] > 90
+    assert zeros == {"trained": 0.0, "pruned": 90.0, "fine-tuned": 90.0, "reloaded": 90.0}
+    assert accuracy["fine-tuned"] > accuracy["pruned"]
+    assert accuracy["reloaded"] == accuracy["fine-tuned"]
+
+
+def test_an_equinox_model_is_trained_and_saved(example, tmp_path, capsys):
+    example("equinox_gru").main(["--epochs", "2", "--width", "32", "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert float(re.findall(r"test accuracy (\S+)%", output)[-1]) > 70
+    assert "largest eigenvalues" in output
+    assert (tmp_path / "equinox_gru.eqx").stat().st_size > 0
