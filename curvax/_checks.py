@@ -44,9 +44,9 @@ def check_range(
         raise ValueError(f"{name} must be a number in {left}{low}, {high}{right}, got {value!r}.")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises unless ``value`` is an integer of at least one; a tracer is let through."""
-    _check_integer(name, value, 1, "")
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Raises unless ``value`` is an integer of at least ``least``; a tracer is let through."""
+    _check_integer(name, value, least, "")
 
 
 def check_index(name: str, value: Any, advice: str) -> None:

@@ -170,9 +170,9 @@ def over_batches(
     """The weighted mean over batches of a compiled product, as an operator."""
     part, like = _part(jax.tree.map(widen, params), select)
     if isinstance(batches, list | tuple | Iterator):
-        weighted: Any = list(_weighted(batches, batch_weight))
+        weighted: Any = list(weighted_batches(batches, batch_weight))
     else:
-        weighted = functools.partial(_weighted, batches, batch_weight)
+        weighted = functools.partial(weighted_batches, batches, batch_weight)
     if next(iter(weighted() if callable(weighted) else weighted), None) is None:
         raise ValueError("batches are empty: an operator needs at least one batch.")
     single = isinstance(weighted, list) and len(weighted) == 1
@@ -183,7 +183,7 @@ def over_batches(
     return operator
 
 
-def _weighted(
+def weighted_batches(
     batches: Iterable[Any], batch_weight: BatchWeight | None
 ) -> Iterator[tuple[float, tuple[Any, ...]]]:
     for batch in batches:

@@ -272,14 +272,14 @@ def mfac(
         * ``"relative"``: the same, with damping and step in units of the window's own gradients.
           With $q$ the mean of $\lVert g_i \rVert^2$ over the window,
 
-          $$
-          u_t = \sqrt q\; G^T (\lambda q I + G G^T)^{-1} e_t .
-          $$
+            $$
+            u_t = \sqrt q\; G^T (\lambda q I + G G^T)^{-1} e_t .
+            $$
 
-          Neither the scale of the loss nor the size of the window changes the step: unrelated
-          gradients give $g_t / \lVert g_t \rVert$ up to $1 + \lambda$, and what the others
-          explain of a gradient is taken out as before. So one damping, 0.1, and rates of 0.1 to 0.4
-          serve different models, and steps do not grow as gradients vanish.
+            Neither the scale of the loss nor the size of the window changes the step: unrelated
+            gradients give $g_t / \lVert g_t \rVert$ up to $1 + \lambda$, and what the others
+            explain of a gradient is taken out as before. So one damping, 0.1, and rates of 0.1 to
+            0.4 serve different models, and steps do not grow as gradients vanish.
       window_dtype: dtype of the window's rows: ``"float32"``, ``"bfloat16"``, which halves the
         memory, or ``"float64"``. The params', but float32 or wider, by default.
       density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
