@@ -1,0 +1,86 @@
+"""Neural collapse beside the class structure of the Hessian's spectrum.
+
+python examples/gallery/collapse.py
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import BLUE, GREEN, ORANGE, PINK, digits, init_mlp, main, panels
+from matplotlib.figure import Figure
+
+from curvax import spectrum
+
+NAMES = {"within": BLUE, "norms": ORANGE, "angles": GREEN, "duality": PINK}
+
+
+def make_features(activation: Any) -> Any:
+    def features(params: Any, inputs: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            inputs = activation(inputs @ layer["kernel"] + layer["bias"])
+        return inputs
+
+    return features
+
+
+def draw(quick: bool) -> Figure:
+    (images, labels), _ = digits(400 if quick else 1400)
+    numbers = jnp.arange(len(labels))
+    # Every second class keeps a fifth of its examples.
+    unbalanced = (labels % 2 == 0) | (numbers % 5 == 0)
+    cases = {
+        "ReLU, balanced": (jax.nn.relu, jnp.ones(len(labels), bool)),
+        "linear, balanced": (lambda x: x, jnp.ones(len(labels), bool)),
+        "ReLU, unbalanced": (jax.nn.relu, unbalanced),
+    }
+    checkpoints = np.unique(np.geomspace(5, 40 if quick else 8000, 4 if quick else 14).astype(int))
+    figure, axes = panels(4, width=3.4)
+    for ax, (name, (activation, chosen)) in zip(axes, cases.items(), strict=False):
+        data = images[chosen], labels[chosen]
+        features = make_features(activation)
+
+        def loss_fn(params: Any, inputs: Any, targets: Any, features: Any = features) -> jax.Array:
+            logits = features(params, inputs) @ params[-1]["kernel"] + params[-1]["bias"]
+            fit = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+            return fit + 2.5e-4 * optax.tree.norm(params, squared=True)
+
+        tx = optax.sgd(0.1, momentum=0.9)
+
+        @jax.jit
+        def run(carry: Any, number: int, loss_fn: Any = loss_fn, data: Any = data) -> Any:
+            def step(_: int, carry: Any) -> Any:
+                params, state = carry
+                updates, state = tx.update(jax.grad(loss_fn)(params, *data), state)
+                return optax.apply_updates(params, updates), state
+
+            return jax.lax.fori_loop(0, number, step, carry)
+
+        params = init_mlp(jax.random.key(0), (64, 64, 64, 10))
+        carry, done, rows = (params, tx.init(params)), 0, []
+        for number in checkpoints:
+            carry, done = run(carry, number - done), number
+            last = carry[0][-1]
+            inputs = features(carry[0], data[0])
+            rows.append(spectrum.neural_collapse(inputs, data[1], last["kernel"], last["bias"]))
+        for field, color in NAMES.items():
+            values = [getattr(row, field) for row in rows]
+            ax.loglog(checkpoints, values, "o-", markersize=3, color=color, label=field)
+        ax.set(title=name, xlabel="step", ylim=(1e-3, 30))
+        hessian = spectrum.hessian_operator(loss_fn, carry[0], [data])
+        top = spectrum.top_eigenpairs(hessian, 25, key=0, tolerance=1e-2).values
+        axes[3].semilogy(np.arange(1, 26), top, "o-", markersize=3, linewidth=0.5, label=name)
+        print(
+            f"{name}: {[f'{value:.3f}' for value in rows[-1]]}, gap after 9: {top[8] / top[9]:.2f}"
+        )
+    axes[0].legend(frameon=False, fontsize="small")
+    axes[3].axvline(9.5, color="0.5", linestyle=":")
+    axes[3].set(title="largest eigenvalues", xlabel="number")
+    axes[3].legend(frameon=False, fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    main(draw, __file__)
