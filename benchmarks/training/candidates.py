@@ -160,6 +160,13 @@ def _recipe(words: str, only: tuple[str, ...] | None = None, **options: Any) -> 
     return contestant._replace(only=only)
 
 
+def _averaged(preset: str) -> Contestant:
+    """AdaHessian's recipe for transformers, with the curvature of a matrix averaged."""
+    words = f"adahessian(rate, nesterov=True, averaging={preset!r})"
+    contestant = adahessian(words, nesterov=True, averaging=preset)
+    return contestant._replace(only=TRANSFORMERS)
+
+
 def _clipped(words: str, start: float, make: Callable[[Schedule], Any]) -> Contestant:
     """A first-order optimizer of clipped gradients, beside AdaHessian's on transformers."""
     contestant = first_order(
@@ -213,6 +220,8 @@ CANDIDATES = {
         clip_norm=1.0,
         nesterov=True,
     )._replace(only=TRANSFORMERS),
+    "AdaHessian, zeros counted, averaging row": _averaged("row"),
+    "AdaHessian, zeros counted, averaging block": _averaged("block"),
     "NAdamW, gradients clipped": _clipped(
         f"nadamw(rate, weight_decay={DECAY})",
         4e-3,

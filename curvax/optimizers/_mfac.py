@@ -91,7 +91,8 @@ def scale_by_mfac(
     r"""Rescales gradients by the inverse empirical Fisher matrix of the last of them.
 
     See `curvax.mfac` for the rule and the arguments. The sign and the learning rate are left
-    to the chain.
+    to the chain. An update can be differentiated in forward mode only: a factorization that fails
+    is repeated in a loop of unknown length.
 
     Args:
       num_grads: the number $m$ of gradients in the window.

@@ -214,12 +214,25 @@ def chosen_leaves(params: PyTree, select: Select, layout: Layout) -> tuple[Leaf,
 
 
 def check_on_host(params: PyTree) -> None:
-    """Raises under ``jit`` and other transformations, whose arrays have no content yet."""
-    if any(map(is_traced, jax.tree.leaves(params))):
+    """Raises unless this process can read all arrays, which it cannot under ``jit``."""
+    leaves = jax.tree.leaves(params)
+    if any(map(is_traced, leaves)):
         raise ValueError(
             "pruning runs on the host, and compiles what it computes by itself: call it outside "
             "jax.jit, vmap and grad; inside a compiled step, prune_on_schedule prunes."
         )
+    if not all(map(_is_readable, leaves)):
+        raise ValueError(
+            "pruning reads all weights, and some lie on devices of other processes: gather them "
+            "first, jax.experimental.multihost_utils.process_allgather(params, tiled=True), or "
+            "prune inside the compiled step, with prune_on_schedule."
+        )
+
+
+def _is_readable(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def check_fits(path: str, values: Any, dtype: Any) -> None:

@@ -50,7 +50,9 @@ def draw(quick: bool) -> Figure:
         tx = optax.sgd(0.1, momentum=0.9)
 
         @jax.jit
-        def run(carry: Any, number: int, loss_fn: Any = loss_fn, data: Any = data) -> Any:
+        def run(
+            carry: Any, number: int, loss_fn: Any = loss_fn, data: Any = data, tx: Any = tx
+        ) -> Any:
             def step(_: int, carry: Any) -> Any:
                 params, state = carry
                 updates, state = tx.update(jax.grad(loss_fn)(params, *data), state)

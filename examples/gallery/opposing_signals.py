@@ -47,9 +47,8 @@ def draw(quick: bool) -> Figure:
     right.set(xlabel="examples, %", title="their share of all change, %", ylim=(0, 100))
     tenth = shares[len(shares) // 10]
     print(f"a tenth of the examples has {tenth:.0%} of the change; the mean {changes.mean():.1e}")
-    print(
-        f"{helped.mean():.0%} helped; slopes {slopes.min():.2f} to {slopes.max():.2f}, mean {mean_slope:.3f}"
-    )
+    extremes = f"{slopes.min():.2f} to {slopes.max():.2f}"
+    print(f"{helped.mean():.0%} helped; slopes {extremes}, mean {mean_slope:.3f}")
     return figure
 
 

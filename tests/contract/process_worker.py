@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax
+from curvax import pruning
 
 STEPS = 7
 
@@ -75,6 +76,17 @@ def natural_gradient_descent(mesh):
     return multihost_utils.process_allgather(params, tiled=True)
 
 
+def check_that_pruning_is_refused(mesh):
+    """Weights on devices of another process cannot be read, which pruning says by itself."""
+    params, _ = problem(mesh)
+    try:
+        pruning.prune(params, None, 0.5, method="magnitude")
+    except ValueError as error:
+        assert "on devices of other processes" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("pruning has read what it cannot")
+
+
 def mesh_of(shape):
     return jax.make_mesh(shape, ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -90,6 +102,8 @@ def main(output: str, processes: int, index: int, port: int) -> None:
         "sparse": train(mesh, density=0.3),
         "natural": natural_gradient_descent(mesh if processes > 1 else mesh_of((1, 1))),
     }
+    if processes > 1:
+        check_that_pruning_is_refused(mesh)
     if index == 0:
         flat, _ = jax.tree_util.tree_flatten_with_path(results)
         np.savez(Path(output), **{jax.tree_util.keystr(path): leaf for path, leaf in flat})
