@@ -7,8 +7,8 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-tpu bench bench-mfac bench-pruning bench-spectrum bench-tiny bench-tpu bench-training docs notebooks \
-	format check clean
+.PHONY: demo demo-prune test test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-pruning bench-spectrum \
+	bench-tiny bench-tpu bench-training docs notebooks gallery format check dist clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -20,14 +20,21 @@ demo-prune: $(VENV)/.examples
 # modules and workers. Older versions of XLA compile in half the time with a flag that newer ones
 # refuse, so it is tried first. A plain `pytest` runs what users run.
 test bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
-test bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-optimized bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
+test test-optimized bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 QUICK := --xla_cpu_use_fusion_emitters=false
 QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null \
 		&& export XLA_FLAGS=$(QUICK);
 
 test: $(VENV)/.test
 	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+# The same, optimized as for users.
+test-optimized: $(VENV)/.test
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m oldest tests $(ARGS)
 
 # The benchmark of accelerators at sizes for a test, and nothing of it is kept.
 bench-tiny: $(VENV)/.test
@@ -40,6 +47,9 @@ test-tpu: .venv-tpu/.ready
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/adahessian_step.py $(ARGS)
+
+bench-history: $(VENV)/.examples
+	PYTHONPATH=. $(BIN)/python benchmarks/history.py $(ARGS)
 
 bench-mfac: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/mfac_step.py $(ARGS)
@@ -57,10 +67,17 @@ bench-tpu: .venv-tpu/.ready
 	JAX_PLATFORMS=cpu PYTHONPATH=. .venv-tpu/bin/python benchmarks/tpu_plan.py $(ARGS)
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+	PYTHONPATH=docs/tools $(BIN)/zensical build --clean --strict
 
 notebooks: $(VENV)/.dev
 	$(BIN)/jupyter execute notebooks/*.ipynb
+
+# Each script in a process of its own; without ARGS, the figures of the pages.
+gallery: $(VENV)/.examples
+	set -e; for script in $(filter-out %/common.py,$(wildcard examples/gallery/*.py)); do \
+		$(BIN)/python $$script $(ARGS); done
+
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor.github
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -71,9 +88,19 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
+	$(BIN)/zizmor --offline --quiet .github
+	$(SCHEMA)-workflows .github/workflows/*.yml
+	$(SCHEMA)-issue-forms $(filter-out %config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA)-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# The last commit, built twice, and checked.
+dist: $(VENV)/.dev
+	.ci/dist
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-tpu .venv-wheel build dist site
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-tpu .venv-wheel build dist site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -91,4 +118,15 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 .venv-tpu/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet --no-compile --editable ".[examples,test,tpu-compile]"
+	touch $@
+
+# The lower bounds of pyproject.toml constrain pip, which resolves everything behind them itself:
+# two tools may see different releases of one index.
+.venv-oldest/.ready: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "uv>=0.8"
+	$(PYTHON) -m venv .venv-oldest
+	$(BIN)/uv pip compile --quiet --no-deps --resolution lowest-direct --extra test pyproject.toml \
+		--no-annotate --no-header --output-file .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt \
+		--editable ".[test]"
 	touch $@

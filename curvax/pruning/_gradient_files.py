@@ -269,6 +269,9 @@ def _read(file: Path) -> Marker | None:
         marker = None
     if not isinstance(marker, dict) or marker.get("content") != _CONTENT:
         raise ValueError(f"{file} is not by collect_gradients, or damaged: choose another folder.")
+    # They are opened, and removed: a marker from elsewhere must not reach outside its folder.
+    if any(name in ("", "..") or Path(name).name != name for name in marker["files"]):
+        raise ValueError(f"{file} names files outside its folder: choose another folder.")
     return marker
 
 

@@ -186,6 +186,20 @@ class TestAnotherCollectionIsUnfinished:
             collect(tmp_path, **options)
         assert_trees_equal(collect(tmp_path), collect("host"))
 
+    @pytest.mark.parametrize("name", ["../victim", "/tmp/victim", "inner/victim", "..", ""])
+    def test_a_marker_cannot_reach_outside_its_folder(self, tmp_path, name):
+        victim, folder = tmp_path / "victim", tmp_path / "gradients"
+        victim.write_text("precious")
+        collect(folder)
+        marker = json.loads((folder / "gradients.json").read_text())
+        marker |= {"written": 0, "files": [name] * len(marker["files"])}
+        for file in ("gradients.json", "unfinished.json"):
+            (folder / file).write_text(json.dumps(marker))
+            with pytest.raises(ValueError, match="names files outside its folder"):
+                collect(folder)
+            (folder / file).unlink()
+        assert victim.read_text() == "precious"
+
     def test_a_foreign_marker_is_an_error(self, tmp_path):
         for name in ("gradients.json", "unfinished.json"):
             (tmp_path / name).write_text("{}")
