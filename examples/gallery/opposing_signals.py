@@ -3,28 +3,36 @@
 python examples/gallery/opposing_signals.py
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from common import BLUE, GRAY, ORANGE, cross_entropy, digits, init_mlp, main, panels, train
+from common import BLUE, GRAY, ORANGE, apply_mlp, digits, init_mlp, main, panels, train
 from matplotlib.figure import Figure
 
 from curvax import spectrum
 
-RATE = 0.5
+RATE = 0.1
+
+
+def squared_error(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+    errors = apply_mlp(params, inputs) - jax.nn.one_hot(labels, 10)
+    return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
 
 def draw(quick: bool) -> Figure:
-    data, _ = digits(200 if quick else 1000)
+    data, _ = digits(200 if quick else 500)
     params = init_mlp(jax.random.key(0), (64, 32, 32, 10))
     # Long enough to be at the edge of stability, where steps along the top eigenvector are long.
-    params, losses = train(cross_entropy, params, optax.sgd(RATE), data, 50 if quick else 1500)
-    hessian = spectrum.hessian_operator(cross_entropy, params, [data])
+    params, losses = train(squared_error, params, optax.sgd(RATE), data, 50 if quick else 3000)
+    hessian = spectrum.hessian_operator(squared_error, params, [data])
     pairs = spectrum.top_eigenpairs(hessian, 1, key=0)
-    before = spectrum.example_projections(cross_entropy, params, data, pairs.vectors)
-    grads = jax.grad(cross_entropy)(params, *data)
+    before = spectrum.example_projections(squared_error, params, data, pairs.vectors)
+    grads = jax.grad(squared_error)(params, *data)
     stepped = optax.apply_updates(params, jax.tree.map(lambda g: -RATE * g, grads))
-    after = spectrum.example_projections(cross_entropy, stepped, data, pairs.vectors)
+    after = spectrum.example_projections(squared_error, stepped, data, pairs.vectors)
 
     slopes, changes = before.slopes[:, 0], after.losses - before.losses
     mean_slope = slopes.mean()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import curvax
 
-RADIUS = 0.05
+RADIUS = 0.3
 
 
 def rho_sharpness(params: Any, data: Any) -> jax.Array:
@@ -34,7 +34,7 @@ def divergence(old: Any, new: Any, inputs: jax.Array) -> jax.Array:
 def draw(quick: bool) -> Figure:
     data, test = digits()
     start = init_mlp(jax.random.key(0), (64, 64, 10))
-    steps = 30 if quick else 1200
+    steps = 30 if quick else 1500
 
     def gradient_of_sam(params: Any, *batch: Any) -> Any:
         grads = jax.grad(cross_entropy)(params, *batch)
@@ -47,8 +47,8 @@ def draw(quick: bool) -> Figure:
         return jax.grad(cross_entropy)(params, *batch)
 
     contestants = {
-        "SGD": (gradient, optax.sgd(0.1), BLUE),
-        "SAM": (gradient_of_sam, optax.sgd(0.1), ORANGE),
+        "SGD": (gradient, optax.sgd(0.3), BLUE),
+        "SAM": (gradient_of_sam, optax.sgd(0.3), ORANGE),
         "Adam": (gradient, optax.adam(0.002), GREEN),
     }
     figure, (left, middle, right) = panels(3)

@@ -52,30 +52,38 @@ def make_run(width: int, depth: int, kind: str, data: Any, steps: int) -> Any:
         _, (losses, sharpness) = jax.lax.scan(step, (params, tx.init(params)), length=steps)
         return sharpness, losses[-1]
 
-    return jax.jit(run)
+    return run
 
 
 def draw(quick: bool) -> Figure:
-    (images, labels), _ = digits(100 if quick else 300)
-    data = images, labels
-    steps = 40 if quick else 600
+    (images, labels), _ = digits(100 if quick else 200)
+    steps = 40 if quick else 400
     sizes = (16, 32) if quick else (32, 128, 512)
-    figure, axes = panels(4, width=3.4)
-    for ax, (kind, kept) in zip(axes, (("NTK", 2.0), ("muP", 2.0)), strict=False):
+    rates = np.geomspace(0.2, 6.4, 2 if quick else 6)
+    kept = int(np.argmin(np.abs(rates - 1.6)))
+    figure, (ntk, mup, depths, losses_ax) = panels(4, width=3.4)
+
+    def measure(width: int, depth: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        run = make_run(width, depth, kind, (images, labels), steps)
+        sharpness, losses = jax.jit(jax.vmap(run))(rates)
+        print(f"{kind}, width {width}, depth {depth}: {float(sharpness[kept, -1]):.2f}")
+        return np.asarray(sharpness[kept]), np.asarray(losses)
+
+    for ax, kind, line in ((ntk, "NTK", "--"), (mup, "muP", "-")):
         for width, color in zip(sizes, COLORS, strict=False):
-            sharpness, _ = make_run(width, 2, kind, data, steps)(kept)
+            sharpness, losses = measure(width, 2, kind)
             ax.plot(sharpness, color=color, label=f"width {width}")
-            print(f"{kind}, width {width}: rate times sharpness ends at {sharpness[-1]:.2f}")
+            losses_ax.loglog(rates, losses, f"o{line}", markersize=3, color=color)
+    for depth, color in zip((1, 2) if quick else (1, 2, 4), COLORS, strict=False):
+        depths.plot(measure(sizes[1], depth, "muP")[0], color=color, label=f"depth {depth}")
+    titles = {ntk: "NTK", mup: "muP", depths: f"muP, width {sizes[1]}"}
+    for ax, title in titles.items():
         ax.axhline(2, color="0.5", linestyle="--", linewidth=1)
-        ax.set(title=f"{kind}: rate times sharpness", xlabel="step", ylim=(0, 3))
+        ax.set(title=f"{title}: rate times sharpness", xlabel="step", ylim=(0, 3.5))
         ax.legend(frameon=False, fontsize="small")
-    rates = np.geomspace(0.1, 20, 3 if quick else 9)
-    for ax, kind in zip(axes[2:], ("NTK", "muP"), strict=True):
-        for width, color in zip(sizes, COLORS, strict=False):
-            run = make_run(width, 2, kind, data, steps)
-            losses = [float(run(rate)[1]) for rate in rates]
-            ax.loglog(rates, losses, "o-", markersize=3, color=color, label=f"width {width}")
-        ax.set(title=f"{kind}: last loss", xlabel="learning rate", ylim=(1e-4, 1))
+    losses_ax.set(title="last loss; NTK dashed", xlabel="learning rate", ylim=(1e-4, 1))
+    losses_ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    losses_ax.minorticks_off()
     return figure
 
 
