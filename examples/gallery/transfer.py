@@ -58,7 +58,7 @@ def make_run(width: int, depth: int, kind: str, data: Any, steps: int) -> Any:
 def draw(quick: bool) -> Figure:
     (images, labels), _ = digits(100 if quick else 200)
     steps = 40 if quick else 400
-    sizes = (16, 32) if quick else (32, 128, 512)
+    sizes = (16,) if quick else (32, 128, 512)
     rates = np.geomspace(0.2, 6.4, 2 if quick else 6)
     kept = int(np.argmin(np.abs(rates - 1.6)))
     figure, (ntk, mup, depths, losses_ax) = panels(4, width=3.4)
@@ -75,8 +75,10 @@ def draw(quick: bool) -> Figure:
             ax.plot(sharpness, color=color, label=f"width {width}")
             losses_ax.loglog(rates, losses, f"o{line}", markersize=3, color=color)
     for depth, color in zip((1, 2) if quick else (1, 2, 4), COLORS, strict=False):
-        depths.plot(measure(sizes[1], depth, "muP")[0], color=color, label=f"depth {depth}")
-    titles = {ntk: "NTK", mup: "muP", depths: f"muP, width {sizes[1]}"}
+        depths.plot(
+            measure(sizes[len(sizes) // 2], depth, "muP")[0], color=color, label=f"depth {depth}"
+        )
+    titles = {ntk: "NTK", mup: "muP", depths: f"muP, width {sizes[len(sizes) // 2]}"}
     for ax, title in titles.items():
         ax.axhline(2, color="0.5", linestyle="--", linewidth=1)
         ax.set(title=f"{title}: rate times sharpness", xlabel="step", ylim=(0, 3.5))
