@@ -67,6 +67,7 @@ bench-tpu: .venv-tpu/.ready
 	JAX_PLATFORMS=cpu PYTHONPATH=. .venv-tpu/bin/python benchmarks/tpu_plan.py $(ARGS)
 
 docs: $(VENV)/.dev
+	$(BIN)/python docs/tools/notebooks.py
 	PYTHONPATH=docs/tools $(BIN)/zensical build --clean --strict
 
 notebooks: $(VENV)/.dev

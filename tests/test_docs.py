@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = sorted(set(DOCS.rglob("*.md")) - set((DOCS / "notebooks").glob("*.md")))
+# Written when the site is built.
+NOTEBOOKS = [f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")]
 
 
 def code_lines(page):
@@ -43,7 +45,8 @@ def test_links_lead_to_files_of_the_site(page):
 def test_each_page_is_in_the_navigation():
     config = (ROOT / "mkdocs.yml").read_text()
     navigation = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", config, flags=re.MULTILINE)
-    assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+    pages = [str(page.relative_to(DOCS)) for page in PAGES]
+    assert sorted(navigation) == sorted([*pages, *NOTEBOOKS])
 
 
 @pytest.fixture

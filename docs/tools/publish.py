@@ -36,6 +36,8 @@ def build(version: str) -> Path:
         "DOCS_VERSIONS": "mike",
         "DOCS_REVISION": "main" if version == "dev" else f"v{version}",
     }
+    notebooks = [sys.executable, "docs/tools/notebooks.py"]
+    subprocess.run(notebooks, cwd=ROOT, check=True)
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
     return ROOT / "site"
