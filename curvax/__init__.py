@@ -2,10 +2,9 @@
 
 Optimizers: `adahessian`, `mfac`, and transformations to chain with them.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
-matrices, most of them with value and gradient in one pass.
-The inverse empirical Fisher matrix of given gradients: `inverse_fisher`; and Optimal Brain
-Surgeon on it: `curvax.pruning`.
-The spectrum of a loss's curvature: `curvax.spectrum`.
+matrices, most of them computed with value and gradient in one pass. The inverse empirical Fisher
+matrix of given gradients: `inverse_fisher`. Optimal Brain Surgeon with it: `curvax.pruning`. The
+spectrum of a loss's curvature: `curvax.spectrum`.
 """
 
 from curvax import pruning, spectrum

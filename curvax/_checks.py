@@ -30,7 +30,7 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raises unless ``value`` lies in the interval; a tracer is let through."""
+    """Raises unless ``value`` lies in the interval; tracers pass."""
     if is_traced(value):
         return
     try:
@@ -45,7 +45,7 @@ def check_range(
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
-    """Raises unless ``value`` is an integer of at least ``least``; a tracer is let through."""
+    """Raises unless ``value`` is an integer of at least ``least``; tracers pass."""
     _check_integer(name, value, least, "")
 
 
@@ -98,7 +98,7 @@ def check_pattern(owner: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError):
         raise ValueError(
-            f"{owner}'s keys are patterns that re.search takes, got {pattern!r}."
+            f"{owner} keys must be valid patterns for re.search, got {pattern!r}."
         ) from None
 
 
@@ -122,22 +122,22 @@ def check_real(owner: str, params: PyTree) -> None:
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(
                 f"{owner} needs real parameters, got {dtype} at {path_name(path)}; "
-                "keep real and imaginary parts as two leaves."
+                "store real and imaginary parts as two leaves."
             )
 
 
 def _describe(entry: tuple[tuple[Any, ...], Any] | None) -> str:
     if entry is None:
-        return "no further leaf"
+        return "no more leaves"
     path, leaf = entry
     return f"{path_name(path)} of shape {shape_of(leaf)}"
 
 
 def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...]) -> None:
-    """Raises if ``fun`` has a keyword that ``owner`` takes itself and would not pass on.
+    """Raises if ``fun`` has a keyword that ``owner`` uses itself and would not pass on.
 
-    A parameter without a default is let through: it is passed by position, or Python complains.
-    What ``functools.partial`` has bound needs no check.
+    A parameter without a default is accepted: it is passed by position, or Python raises. What
+    ``functools.partial`` has bound needs no check.
     """
     bound: set[str] = set()
     inner: Any = fun
@@ -154,8 +154,8 @@ def check_keywords(owner: str, fun: Callable[..., Any], reserved: tuple[str, ...
             continue
         if found.kind is found.KEYWORD_ONLY or found.default is not found.empty:
             raise ValueError(
-                f"{owner} takes {name}= for itself, so the loss's or network's own {name} would "
-                f"never be set: bind it, functools.partial(fun, {name}=...), or rename it."
+                f"{owner} uses the keyword {name} itself and does not pass it to the loss or "
+                f"network: bind it with functools.partial(fun, {name}=...), or rename it."
             )
 
 
@@ -164,9 +164,9 @@ def warn_of_batch_stats(params: PyTree) -> None:
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         if "batch_stats" in path_names(path):
             warnings.warn(
-                f"params holds running statistics at {path_name(path)}, which would count as "
-                'parameters: pass variables["params"] alone, and give batch_stats to the loss by '
-                "a closure or among the batches.",
+                f"params contains running statistics at {path_name(path)}, which would be treated "
+                'as parameters: pass only variables["params"], and pass batch_stats to the loss '
+                "through a closure or as part of the batches.",
                 stacklevel=3,
             )
             return
@@ -188,7 +188,7 @@ def scalar_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
         if shape != () or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 "the loss must return a real floating-point scalar, got shape "
-                f"{shape} and dtype {dtype}; reduce it, with jnp.mean for example."
+                f"{shape} and dtype {dtype}; reduce it, for example with jnp.mean."
             )
         return value, aux
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Around the imports of what ``curvax[extra]`` installs."""
+    """Wraps the imports of packages that ``curvax[extra]`` installs."""
     try:
         yield
     except ModuleNotFoundError as error:

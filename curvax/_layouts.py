@@ -1,4 +1,4 @@
-"""What the axes of a leaf are: fan-in, fan-out, spatial, stacked, from its path and shape.
+"""The roles of a leaf's axes (fan-in, fan-out, spatial, stacked), from its path and shape.
 
 Layouts are written in the letters of ``jax.lax.conv_dimension_numbers``: ``HWIO`` is a convolution
 kernel of Flax, ``OIHW`` one of Equinox or PyTorch. ``L`` is a stacked axis (layers of ``nn.scan``,
@@ -24,15 +24,15 @@ LayoutName = Literal["auto", "flax", "out_first", "haiku"]
 
 
 class KernelLayout(NamedTuple):
-    """What each axis of a kernel is; every axis is in exactly one of the tuples.
+    """The role of each axis of a kernel; each axis is in exactly one tuple.
 
     Attributes:
-      fan_in: the axes of inputs, which an output unit sums over.
-      fan_out: the axes of output units.
-      spatial: the axes of a convolution's window.
-      stacked: the axes of independent members: layers of ``nn.scan``, ensembles, experts.
-      unknown: the axes that path and shape do not determine. Averaging does not touch them, and
-        structured pruning refuses the leaf.
+      fan_in: input axes, over which an output unit sums.
+      fan_out: output axes.
+      spatial: axes of a convolution's window.
+      stacked: axes of independent members: layers of ``nn.scan``, ensembles, experts.
+      unknown: axes whose role path and shape do not determine. They are never averaged over, and
+        structured pruning rejects the leaf.
 
     Example:
       >>> import curvax
@@ -48,28 +48,28 @@ class KernelLayout(NamedTuple):
 
     @classmethod
     def from_letters(cls, letters: str) -> "KernelLayout":
-        """The layout in one letter an axis.
+        """Builds a layout from one letter per axis.
 
         Args:
           letters: ``I`` fan-in, ``O`` fan-out, ``D``, ``H``, ``W`` spatial, ``L`` stacked, ``?``
-            unknown: ``"HWIO"``.
+          unknown; for example ``"HWIO"``.
 
         Returns:
           The layout.
 
         Raises:
-          ValueError: on any other letter.
+          ValueError: if ``letters`` contains any other letter.
         """
         axes: dict[str, Axes] = {}
         for axis, letter in enumerate(letters):
             if letter not in _FIELDS:
-                raise ValueError(f"a layout has the letters {_LETTERS}, got {letters!r}.")
+                raise ValueError(f"a layout consists of the letters {_LETTERS}, got {letters!r}.")
             axes[_FIELDS[letter]] = (*axes.get(_FIELDS[letter], ()), axis)
         return cls(**axes)
 
     @property
     def letters(self) -> str:
-        """The layout in one letter an axis."""
+        """The layout as one letter per axis."""
         letters = dict.fromkeys(self.fan_in, "I") | dict.fromkeys(self.fan_out, "O")
         letters |= dict.fromkeys(self.stacked, "L") | dict.fromkeys(self.unknown, "?")
         letters |= dict(zip(self.spatial, _window(len(self.spatial)), strict=True))
@@ -108,8 +108,8 @@ def kernel_layout(path: str, shape: Shape, layout: Layout = "auto") -> KernelLay
     if not _fits(found, len(shape)):
         raise ValueError(
             f"layout gives {shown!r} for {path}, which has shape {shape}: name each of its "
-            f"{len(shape)} axes once ('HWIO', or 'L...' where only the first is a stacked one), "
-            "give None for a leaf that is not a kernel, or narrow the pattern."
+            f"{len(shape)} axes once ('HWIO', or 'L...' if only the first is stacked), use None "
+            "for a leaf that is not a kernel, or narrow the pattern."
         )
     return found
 

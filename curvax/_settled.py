@@ -1,4 +1,4 @@
-"""Waiting for programs where too many at once would never end."""
+"""Waits for programs where too many in flight would deadlock."""
 
 from typing import Any, TypeVar
 
@@ -10,11 +10,11 @@ Results = TypeVar("Results")
 
 
 def settled(results: Results) -> Results:
-    """The results of a program, computed if they lie on several devices of a CPU.
+    """The results of a program; waits for them if they lie on several devices of a CPU.
 
-    These share one pool of threads, in which a program holds a thread for each device until all of
-    them have reached its collective operation: where many programs were started and none awaited,
-    each may hold some of the threads and wait for others. To be called in host loops.
+    The devices share one thread pool. A program holds one thread per device until all devices have
+    reached its collective operation, so many programs in flight may each hold some threads and wait
+    for others. Call this in host loops.
     """
     if any(map(_shares_threads, jax.tree.leaves(results))):
         jax.block_until_ready(results)

@@ -154,7 +154,7 @@ class Differentiable:
 def varying_like(tree: PyTree, params: PyTree) -> PyTree:
     """The tree with arrays that vary over the devices of a ``jax.shard_map`` as ``params`` do.
 
-    JAX asks that of tangents, and of what a loop or a conditional hands on.
+    JAX requires that of tangents, and of the values that loops and conditionals carry.
     """
     axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(params)))
     lax: Any = jax.lax

@@ -22,15 +22,15 @@ _DENSE_ENTRIES = 2**22
 
 
 class WeightedTargets(NamedTuple):
-    """Targets in which some examples count more than others, or not at all.
+    """Targets with a weight for each example.
 
-    They may be passed wherever a function of network and loss takes targets. The loss of a batch is
-    then the weighted mean, divided by the sum of the weights: padded tokens have weight 0.
+    Pass them wherever a function of a network and a loss takes targets. The loss of a batch is then
+    the weighted mean, normalized by the sum of the weights. Give padded tokens weight 0.
 
     Attributes:
-      targets: what the loss takes, with the outputs' example axes first. Labels of examples
-        that do not count may be anything.
-      weights: a real or bool array of the example axes' shape, not negative.
+      targets: what the loss takes, with the outputs' example axes first. Labels of examples with
+        weight 0 may be anything.
+      weights: a non-negative real or bool array with the shape of the example axes.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -52,11 +52,11 @@ class WeightedTargets(NamedTuple):
 
     @classmethod
     def ignoring(cls, labels: jax.Array, ignored: int = -100) -> Self:
-        """Weights of one, and of zero where the label is ``ignored``.
+        """Gives each label weight 1, or 0 where it equals ``ignored``.
 
         Args:
           labels: integer labels, with the outputs' example axes.
-          ignored: the label that means "none"; -100 is PyTorch's.
+          ignored: the label to ignore; -100 as in PyTorch.
 
         Returns:
           The labels with their weights.
@@ -82,7 +82,7 @@ class BatchLoss(NamedTuple):
     @classmethod
     def of(cls, loss: OutputLoss, outputs: jax.Array, targets: Any) -> Self:
         if jnp.ndim(outputs) == 0:
-            raise ValueError("the network's outputs must have an axis of outputs, got a scalar.")
+            raise ValueError("the network's outputs must have at least one axis, got a scalar.")
         batch_shape = outputs.shape[:-1]
         weights = None
         if isinstance(targets, WeightedTargets):
@@ -184,7 +184,7 @@ def _check_labels(labels: jax.Array, num_classes: int) -> None:
     if outside.size:
         raise ValueError(
             f"labels must be in [0, {num_classes}), the classes of the outputs' last axis, got "
-            f"{outside[0]}. For labels that do not count pass "
+            f"{outside[0]}. To ignore such labels, pass "
             f"curvax.WeightedTargets.ignoring(labels, {outside[0]})."
         )
 
@@ -201,7 +201,7 @@ def _check_weights(weights: jax.Array, batch_shape: tuple[int, ...]) -> None:
     values = np.asarray(weights, np.float64)
     if not (np.all(values >= 0) and np.sum(values) > 0):
         raise ValueError(
-            "weights must not be negative and must not all be zero: their sum divides the loss; "
-            f"got a smallest weight of {values.min(initial=0)} and a sum of {values.sum()}. Leave "
-            "out batches of which nothing counts."
+            "weights must not be negative and must not all be zero, since their sum divides the "
+            f"loss; got a smallest weight of {values.min(initial=0)} and a sum of {values.sum()}. "
+            "Skip batches whose weights are all zero."
         )

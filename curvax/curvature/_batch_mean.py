@@ -72,7 +72,7 @@ class BatchMean:
       functions: what it was compiled for, kept alive as long as this is.
       part: the parameters, and which of their leaves vectors match.
       weighted: a list of weights and batches, or a function that starts a pass over them.
-      keep: whether what a product needs from the network is computed once and kept.
+      keep: whether to compute the linearization of the network once and keep it.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ def weighted_batches(
 
 
 def _weight(arguments: tuple[Any, ...]) -> float:
-    """What a batch counts by default: the sum of its weights, or the number of its examples."""
+    """A batch's default weight: the sum of its weights, or the number of its examples."""
     for argument in arguments:
         if isinstance(argument, WeightedTargets):
             return float(jnp.sum(argument.weights))
@@ -220,7 +220,7 @@ def _part(params: PyTree, select: Select | None) -> tuple[Differentiable, PyTree
         )
     if not chosen:
         raise ValueError(
-            f"select chooses no leaf of params; their paths are: {', '.join(paths) or 'none'}."
+            f"select chooses no leaf of params; the paths are: {', '.join(paths) or 'none'}."
         )
     positions = tuple(position for _, position in chosen)
     part = Differentiable(part.treedef, part.leaves, positions)
@@ -241,7 +241,7 @@ def _check_deterministic(operator: Operator) -> None:
     scale = max(float(tree_norm(first)), float(tree_norm(second)))
     if error > 1e-3 * scale:
         warnings.warn(
-            f"two products of the same vector differ by {error / scale:.1e} of their length: do "
-            "the batches change from pass to pass, by augmentation or by a new key for dropout?",
+            f"two products with the same vector differ by {error / scale:.1e} of their length: do "
+            "the batches change between passes, through augmentation or a new dropout key?",
             stacklevel=4,
         )

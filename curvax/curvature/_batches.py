@@ -1,4 +1,4 @@
-"""Batches: the arguments they stand for, their number of examples, and their parts."""
+"""Batches: the loss arguments they hold, their number of examples, and splitting them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +19,9 @@ def as_arguments(batch: Any) -> tuple[Any, ...]:
         if not isinstance(leaf, _ARRAYS) and not hasattr(leaf, "__jax_array__"):
             kind = type(leaf)
             raise ValueError(
-                f"a batch holds a {kind.__module__}.{kind.__qualname__} at {name}, and JAX takes "
-                "arrays: convert it, jax.tree.map(np.asarray, batch) for tensors on the CPU, or "
-                "leave it out of the batch."
+                f"a batch holds a {kind.__module__}.{kind.__qualname__} at {name}, but JAX needs "
+                "arrays: convert it (jax.tree.map(np.asarray, batch) for tensors on the CPU) or "
+                "remove it from the batch."
             )
     return arguments
 
@@ -35,8 +35,8 @@ def num_examples(arguments: Any, advice: str) -> int | None:
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{size} at {name}" for name, size in sizes.items())
         raise ValueError(
-            f"the first axes of a batch's arrays count its examples and must agree, got {found}: "
-            f"{advice}."
+            f"all arrays of a batch must have the same number of examples along their first axis, "
+            f"got {found}: {advice}."
         )
     return next(iter(sizes.values()), None)
 
@@ -44,12 +44,10 @@ def num_examples(arguments: Any, advice: str) -> int | None:
 def parts(arguments: Any, size: int) -> Iterator[tuple[Any, int]]:
     """Parts of a batch, of ``size`` examples or, the last one, fewer, and their sizes."""
     number = num_examples(
-        arguments, "put what has no examples into the loss, by a closure, or cut batches yourself"
+        arguments, "close over arrays without an axis of examples, or split the batches yourself"
     )
     if number is None:
-        raise ValueError(
-            "a batch to be cut into parts must hold an array with an axis of examples."
-        )
+        raise ValueError("a batch can be split only if it holds an array with an axis of examples.")
     for start in range(0, number, size):
         stop = min(start + size, number)
         yield (

@@ -1,9 +1,9 @@
-"""One cache of what is compiled for a function, by identity, that does not keep it alive.
+"""A cache of compiled functions, keyed by a function's identity, that does not keep it alive.
 
-A loss is compiled once however often its curvature is asked for. The cache must never return the
+A loss is compiled once, however often its curvature is computed. The cache must never return the
 entry of another function, nor keep a function alive: entries are found by ``id``, hold functions by
-weak references and are dropped with them. What may compute something else at the next call, such as
-a method of an object whose attributes can change, is compiled each time.
+weak references and are dropped with them. A function that may compute something else at the next
+call, such as a method of an object whose attributes can change, is compiled each time.
 """
 
 import functools

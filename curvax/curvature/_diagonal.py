@@ -23,7 +23,7 @@ def value_grad_and_hessian_diag(
 ) -> OnePass[Value]:
     r"""Makes a function that returns a loss, its gradient and its Hessian's diagonal.
 
-    The diagonal is Hutchinson's estimate, signed, the mean over $S$ probes:
+    The diagonal is Hutchinson's signed estimate, the mean over $S$ probes:
 
     $$
     D = \frac{1}{S} \sum_{s=1}^{S} z_s \odot \nabla^2 f(\theta)\, z_s,
@@ -32,28 +32,27 @@ def value_grad_and_hessian_diag(
 
     One entry of a single Rademacher probe has variance $\sum_{j \ne i} H_{ij}^2$. So
     the mean of $D^2$, which AdaHessian keeps, is
-    $H_{ii}^2 + \frac{1}{S} \sum_{j \ne i} H_{ij}^2$: more probes lower it as well as make it less
-    noisy, and a learning rate tuned at one $S$ does not transfer to another.
+    $H_{ii}^2 + \frac{1}{S} \sum_{j \ne i} H_{ij}^2$: more probes make it smaller as well as less
+    noisy, and a learning rate tuned for one $S$ does not transfer to another.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
       has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
-      num_probes: the number of probes $S$. Several are vectorized: one forward and
-        backward pass, and ``num_probes`` times the tangents' time and memory.
+      num_probes: the number of probes $S$, vectorized: one forward and backward pass, and
+        ``num_probes`` times the time and memory of the tangents.
       distribution: ``"rademacher"`` or ``"normal"``.
-      mode: how the product is taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute the product; see `curvax.value_grad_and_hvp`.
 
     Returns:
       A function ``(params, *args, key, **kwargs) -> (value, grads, diag)``. ``key`` is a
-      PRNG key or an integer seed; take a new one at each call. ``diag`` has the shapes and
-      dtypes of ``params``; a complex leaf holds
-      $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$. With ``has_aux``, ``value`` is
-      the pair ``(value, aux)``. Its attribute ``value_and_grad`` is the same function without
-      key and diagonal.
+      PRNG key or an integer seed; pass a new one at each call. ``diag`` has the shapes and dtypes
+      of ``params``; a complex leaf holds $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$.
+      With ``has_aux``, ``value`` is the pair ``(value, aux)``. The attribute ``value_and_grad`` of
+      the function is the same without key and diagonal.
 
     Raises:
-      ValueError: on an option out of range, or a loss that is not a real scalar.
+      ValueError: if an option is out of range, or the loss is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

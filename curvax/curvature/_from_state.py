@@ -20,36 +20,37 @@ def from_state(
 ) -> OnePassFromState[Value]:
     r"""Makes a one-pass function read its key and the refresh interval from the state.
 
-    The optimizer's state holds its step, whether that step needs curvature and which key to draw
-    from, so a training loop carries no key of its own and a checkpoint of state and params resumes
-    a run bit for bit.
+    The optimizer's state holds the step count, whether the next step needs curvature, and the PRNG
+    key. So a training loop needs no key of its own, and a checkpoint of state and params resumes a
+    run bit for bit.
 
     Args:
       one_pass: a function ``(params, *args, key, **kwargs) -> (value, grads, diag)``:
         `curvax.value_grad_and_hessian_diag`, `curvax.value_grad_and_ggn_diag` and
         `curvax.value_grad_and_ggn_diag_from_outputs` make one, or write your own. Steps without
-        curvature call its attribute ``value_and_grad``, which those have. A function without it is
-        called as always and its ``diag`` dropped: under ``jit`` XLA removes what is then unused.
+        curvature call its attribute ``value_and_grad``, which those three have. A function without
+        it is called as usual and its ``diag`` dropped; under ``jit`` XLA removes the unused
+        computation.
 
     Returns:
       A function ``(params, *args, state, refresh=None, **kwargs) -> (value, grads, diag)``.
 
       ``state`` is the optimizer's state, found inside ``optax.chain``, ``masked``,
       ``partition``, ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite`` and the
-      ``opt_state`` of ``nnx.Optimizer``; where several optimizers keep curvature, pass the
-      state of one.
+      ``opt_state`` of ``nnx.Optimizer``. If several optimizers keep curvature, pass the state of
+      one.
 
-      ``refresh`` is static. ``None`` follows the state. With an ``update_interval`` of 1 the answer
-      is known beforehand: every step computes curvature. Otherwise ``lax.cond`` decides in the
-      compiled step: off the refresh steps only the gradient is computed and ``diag`` is zeros,
-      which the optimizer ignores. ``True`` computes, ``False`` skips the product and returns
-      ``None`` for ``diag``: compile one step for each and choose on the host, with
-      `curvax.refresh_due`. On CPU do that for convolutional networks, since XLA runs the gradients
-      of a convolution 5 to 25 times slower inside a conditional.
+      ``refresh`` is static. ``None`` follows the state: with an ``update_interval`` of 1 every step
+      computes curvature; otherwise ``lax.cond`` decides in the compiled step. Between refreshes
+      only the gradient is computed and ``diag`` is zeros, which the optimizer ignores. ``True``
+      computes the product; ``False`` skips it and returns ``None`` for ``diag``. To use them,
+      compile one step for each and choose on the host with `curvax.refresh_due`. Do that for
+      convolutional networks on CPU, where XLA runs the gradients of a convolution 5 to 25 times
+      slower inside a conditional.
 
     Raises:
-      ValueError: if the state holds no such optimizer, or several, naming their paths; on a
-        ``refresh`` that is not static.
+      ValueError: if the state holds no such optimizer or several (their paths are listed), or
+        ``refresh`` is not static.
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax
@@ -106,22 +107,22 @@ def value_grad_and_hessian_diag_from_state(
     r"""`curvax.value_grad_and_hessian_diag` with key and interval from the optimizer's state.
 
     Short for ``curvax.from_state(curvax.value_grad_and_hessian_diag(fun, ...))``; see
-    `curvax.from_state` for the function that it returns.
+    `curvax.from_state` for the returned function.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
       has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
-      num_probes: the number of probes; the optimizer uses its own only when it is fed ``obj_fn``.
+      num_probes: the number of probes; the optimizer's own applies only with ``obj_fn``.
       distribution: ``"rademacher"`` or ``"normal"``.
-      mode: how the product is taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute the product; see `curvax.value_grad_and_hvp`.
 
     Returns:
       A function ``(params, *args, state, refresh=None, **kwargs) -> (value, grads, diag)``.
 
     Raises:
-      ValueError: on an option out of range; in the call as `curvax.from_state` says, or on a loss
-        that is not a real scalar.
+      ValueError: if an option is out of range; when called, as in `curvax.from_state`, or if the
+        loss is not a real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax

@@ -33,15 +33,15 @@ def ggn_vp(
     mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> Tree:
-    r"""The product of the generalized Gauss-Newton matrix with a vector.
+    r"""Multiplies the generalized Gauss-Newton matrix by a vector.
 
     $$
     G t = J^T H_\ell J t
     $$
 
-    with $J$ the Jacobian of the network's outputs in the parameters and
-    $H_\ell$ the Hessian of the loss in the outputs. The loss of a batch is the mean
-    over examples, which are all axes of the outputs but the last.
+    with $J$ the Jacobian of the network's outputs with respect to the parameters and $H_\ell$ the
+    Hessian of the loss with respect to the outputs. The loss of a batch is the mean over examples;
+    all axes of the outputs but the last are example axes.
 
     Args:
       network: ``network(params, inputs, **kwargs)`` that returns an array of outputs of
@@ -52,11 +52,11 @@ def ggn_vp(
         example that is convex in the outputs.
       params: a tree of arrays.
       tangent: a tree like ``params``, the vector.
-      inputs: what ``network`` takes; it gets no tangent.
-      targets: an array with the outputs' example axes first, or `curvax.WeightedTargets` of
-        one; the two named losses do not need it for products.
+      inputs: the input of ``network``; it is not differentiated.
+      targets: an array with the outputs' example axes first, or `curvax.WeightedTargets` of one;
+        the two named losses do not need targets for products.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
-      mode: ``"forward_over_reverse"`` takes $J t$ by forward mode; ``"reverse_over_reverse"`` by
+      mode: ``"forward_over_reverse"`` computes $J t$ in forward mode; ``"reverse_over_reverse"`` by
         two vector-Jacobian products, for a network with a kernel that has no forward-mode rule.
       **kwargs: keyword arguments of ``network``.
 
@@ -64,8 +64,8 @@ def ggn_vp(
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: on an unknown loss, a tangent or targets that do not match, or a ``mode`` that
-        an operation of the network does not allow.
+      ValueError: if the loss is unknown, the tangent or targets do not match, or an operation of
+        the network does not support ``mode``.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -98,9 +98,9 @@ def fisher_vp(
     mode: JacobianMode = "forward_over_reverse",
     **kwargs: Any,
 ) -> Tree:
-    r"""The product of the Fisher matrix, or of the empirical one, with a vector.
+    r"""Multiplies the Fisher matrix, or the empirical one, by a vector.
 
-    The Fisher matrix takes the expectation over the model's own labels, the empirical one
+    The Fisher matrix takes the expectation over labels drawn from the model, the empirical one uses
     the labels of the data:
 
     $$
@@ -109,8 +109,8 @@ def fisher_vp(
     $$
 
     with $g_n = J_n^T \nabla \ell(f_n, y)$. For the negative log-likelihood of an
-    exponential family in its natural parameters, softmax cross-entropy and the squared error
-    among them, $F$ is the Gauss-Newton matrix, which is how it is computed.
+    exponential family in its natural parameters, softmax cross-entropy and the squared error among
+    them, $F$ is the Gauss-Newton matrix and is computed as such.
 
     Args:
       network: as in `curvax.ggn_vp`.
@@ -118,7 +118,7 @@ def fisher_vp(
         the two named losses, or a `curvax.OutputLoss` with ``is_likelihood``.
       params: a tree of arrays.
       tangent: a tree like ``params``, the vector.
-      inputs: what ``network`` takes; it gets no tangent.
+      inputs: the input of ``network``; it is not differentiated.
       targets: an array with the outputs' example axes first; required if ``empirical``.
       empirical: whether to use the labels of the data.
       has_aux: whether ``network`` returns auxiliary data, which is dropped.
@@ -129,8 +129,7 @@ def fisher_vp(
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: if the loss is not such a likelihood, targets are missing, or something does not
-        match.
+      ValueError: if the loss is not such a likelihood, or targets are missing or do not match.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -156,7 +155,7 @@ def fisher_vp(
         raise ValueError(
             "the Fisher matrix needs the negative log-likelihood of an exponential family in "
             "its natural parameters: pass a loss made by convex_loss(..., is_likelihood=True), "
-            "or ask for empirical=True or for ggn_vp."
+            "set empirical=True, or use ggn_vp."
         )
     product = BatchLoss.empirical_vp if empirical else BatchLoss.hessian_vp
     check_keywords("fisher_vp", network, ("targets", "empirical", "has_aux", "mode"))

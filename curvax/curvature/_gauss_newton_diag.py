@@ -54,7 +54,7 @@ def value_grad_and_ggn_diag(
 ) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and the Gauss-Newton diagonal.
 
-    The diagonal is Hutchinson's estimate from products with probes on the parameters,
+    The diagonal is Hutchinson's estimate with probes $z$ on the parameters,
 
     $$
     D = z \odot G z, \qquad E[D] = \operatorname{diag} G.
@@ -63,7 +63,8 @@ def value_grad_and_ggn_diag(
     It is signed: although $G$ is positive semi-definite, about half the entries of one $z \odot Gz$
     are negative. Fed to AdaHessian as ``hessian_diag``, the mean of $D^2$ estimates
     $G_{ii}^2 + \sum_{j \ne i} G_{ij}^2$, the squared norm of a row of $G$, as it does for the
-    Hessian. The network is linearized once: one forward pass, one of tangents, two backward.
+    Hessian. The network is linearized once: one forward pass, one tangent pass, two backward
+    passes.
 
     Args:
       network: as in `curvax.ggn_vp`.
@@ -79,7 +80,7 @@ def value_grad_and_ggn_diag(
       pair ``(value, aux)``.
 
     Raises:
-      ValueError: on an option out of range, an unknown loss or targets that do not match.
+      ValueError: if an option is out of range, the loss is unknown or targets do not match.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -146,19 +147,18 @@ def value_grad_and_ggn_diag_from_outputs(
 ) -> OnePass[Any]:
     r"""Makes a function that returns a loss, its gradient and a non-negative diagonal.
 
-    The probe is drawn on the outputs and pulled back, with $B B^T = H_\ell$:
+    The probe $w$ is drawn on the outputs and pulled back, with $B B^T = H_\ell$:
 
     $$
     D = (J^T B w)^2, \qquad E[D] = \operatorname{diag} G
     $$
 
-    Each entry is a square, so it is never negative, and unbiased for the Gauss-Newton
-    diagonal. It costs one backward pass more than the gradient and no tangents, so it is the
-    cheapest curvature here, and any kernel with a gradient allows it. Fed to AdaHessian as
-    ``hessian_diag``, the mean of $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly
-    that with normal probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$:
-    the diagonal itself up to a factor, without the rest of the row that
-    `curvax.value_grad_and_ggn_diag` adds.
+    Each entry is a square, so it is never negative; the estimate of the Gauss-Newton diagonal is
+    unbiased. It costs one backward pass more than the gradient and no tangents, so it is the
+    cheapest curvature here and works with any kernel that has a gradient. Fed to AdaHessian as
+    ``hessian_diag``, the mean of $D^2$ estimates about $3 G_{ii}^2$ with one probe (exactly that
+    with normal probes, less with Rademacher ones) and $(1 + 2/S)\, G_{ii}^2$ with $S$: the diagonal
+    itself up to a factor, without the rest of the row that `curvax.value_grad_and_ggn_diag` adds.
 
     Args:
       network: as in `curvax.ggn_vp`.
@@ -173,7 +173,7 @@ def value_grad_and_ggn_diag_from_outputs(
       pair ``(value, aux)``.
 
     Raises:
-      ValueError: on an option out of range, an unknown loss or targets that do not match.
+      ValueError: if an option is out of range, the loss is unknown or targets do not match.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

@@ -51,9 +51,9 @@ class TraceEstimate(NamedTuple, Generic[Tree]):
       per_leaf: a tree like ``params`` of scalars, the trace of each leaf's diagonal block;
         they add up to ``value``. None where the method has none.
       per_leaf_standard_error: a tree like ``params`` of scalars, or None.
-      samples: the estimate of each probe, of shape (num_probes,); of shape (0,) where the value is
-        exact.
-      num_matvecs: the number of products taken.
+      samples: the estimate from each probe, of shape (num_probes,); of shape (0,) where the value
+        is exact.
+      num_matvecs: the number of matrix-vector products.
     """
 
     value: jax.Array | float
@@ -140,20 +140,20 @@ def hessian_diag(
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
-      params: a tree of arrays, the point at which the Hessian is taken.
-      *args: further arguments of ``fun``. Arrays in them may change without a new compilation;
-        anything else, such as a Python number, is static. As under ``jax.jit``, what ``fun``
-        closes over is as in its first call.
+      params: a tree of arrays, the point at which to evaluate the Hessian.
+      *args: further arguments of ``fun``. Their arrays may change without recompilation; anything
+        else, such as a Python number, is static. As under ``jax.jit``, ``fun`` sees the values that
+        it closed over at the first call.
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
-      probe_batch_size: how many products are vectorized at a time. One keeps the memory at that of
-        a single product; larger is faster. (On CPU the gradients of a convolution are slow in any
-        loop: there set it to ``num_probes``.)
+      probe_batch_size: the number of products vectorized at a time. One takes the memory of a
+        single product; larger is faster. (On CPU the gradients of a convolution are slow in any
+        loop: set it to ``num_probes`` there.)
       distribution: ``"rademacher"`` or ``"normal"``.
-      method: ``"hutchinson"``, or ``"exact"``: one product for each parameter, for models of up to
-        about ten thousand of them.
+      method: ``"hutchinson"``, or ``"exact"``: one product per parameter, for models of up to about
+        ten thousand parameters.
       has_aux: whether ``fun`` returns auxiliary data, which is dropped.
-      mode: how products are taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute products; see `curvax.value_grad_and_hvp`.
       **kwargs: keyword arguments of ``fun``.
 
     Returns:
@@ -162,8 +162,8 @@ def hessian_diag(
       $\partial^2/\partial x^2 + i\,\partial^2/\partial y^2$.
 
     Raises:
-      ValueError: on an option out of range, a missing key, a loss that is not a real scalar, or
-        one with a keyword of its own that is an option here.
+      ValueError: if an option is out of range, the key is missing, or the loss is not a real scalar
+        or has a keyword that is an option here.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
@@ -205,29 +205,29 @@ def hessian_trace(
     $$
 
     The sum of $z \odot Hz$ over one leaf estimates the trace of that leaf's diagonal
-    block, so layer-wise traces cost nothing more. With Rademacher probes the variance is
-    $\frac{2}{S} \sum_{i \ne j} H_{ij}^2$.
+    block, so layer-wise traces are free. With Rademacher probes the variance is $\frac{2}{S}
+    \sum_{i \ne j} H_{ij}^2$.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
-      params: a tree of arrays, the point at which the Hessian is taken.
+      params: a tree of arrays, the point at which to evaluate the Hessian.
       *args: further arguments of ``fun``, see `curvax.hessian_diag`.
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
-      probe_batch_size: how many products are vectorized, see `curvax.hessian_diag`.
+      probe_batch_size: the number of products vectorized at a time; see `curvax.hessian_diag`.
       distribution: ``"rademacher"`` or ``"normal"``.
-      method: ``"hutchinson"``, or ``"exact"``: one product for each parameter.
+      method: ``"hutchinson"``, or ``"exact"``: one product per parameter.
       has_aux: whether ``fun`` returns auxiliary data, which is dropped.
-      mode: how products are taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute products; see `curvax.value_grad_and_hvp`.
       **kwargs: keyword arguments of ``fun``.
 
     Returns:
       A `curvax.TraceEstimate` in float32 or wider. A complex leaf counts as two real ones.
 
     Raises:
-      ValueError: on an option out of range, a missing key, a loss that is not a real scalar, or
-        one with a keyword of its own that is an option here.
+      ValueError: if an option is out of range, the key is missing, or the loss is not a real scalar
+        or has a keyword that is an option here.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

@@ -25,8 +25,8 @@ class OutputLoss(NamedTuple):
     Attributes:
       value: ``(outputs, target) -> scalar`` for one example.
       hessian_vp: ``(outputs, target, tangent)``: the output Hessian times ``tangent``.
-      hessian_factor_vp: ``(outputs, target, noise)``: $B w$ with $B B^T$ the
-        output Hessian.
+      hessian_factor_vp: ``(outputs, target, noise)``: $B$ times ``noise``, with $B B^T$ the output
+        Hessian.
       is_likelihood: whether the loss is the negative log-likelihood of an exponential
         family in its natural parameters. Then the Gauss-Newton matrix is the Fisher matrix.
       takes_labels: whether integer targets are class labels, which must then be in ``[0, C)``.
@@ -48,10 +48,10 @@ def convex_loss(
     r"""Makes a `curvax.OutputLoss` from any convex loss of one example's outputs.
 
     Hessian products are one ``jvp`` of the gradient. The factor $B$ is the symmetric
-    square root of the dense $C \times C$ Hessian of an example, for which an
-    eigenvalue below zero counts as zero; it costs $O(C^3)$ an example. For cross-entropy over
-    a large vocabulary use `curvax.softmax_cross_entropy`, whose factor costs $O(C)$, with
-    `curvax.WeightedTargets` where tokens are masked.
+    square root of the dense $C \times C$ Hessian of an example, with negative eigenvalues set to
+    zero; it costs $O(C^3)$ per example. For cross-entropy over a large vocabulary use
+    `curvax.softmax_cross_entropy`, whose factor costs $O(C)$, with `curvax.WeightedTargets` where
+    tokens are masked.
 
     Args:
       example_loss: ``(outputs, target) -> scalar`` with ``outputs`` of shape ``(C,)``,

@@ -1,4 +1,4 @@
-"""How products are taken, and what to do where an operation does not allow it."""
+"""How products are computed, and what to do if an operation does not support it."""
 
 import contextlib
 import re
@@ -78,7 +78,7 @@ def _advice(mode: str, finite_differences: bool) -> str:
             "an operation of the loss or network, such as a jax.custom_vjp kernel, has no "
             f'forward-mode rule, which mode="{mode}" needs: pass mode="reverse_over_reverse"{then}.'
         )
-    no_derivative = "take curvax.value_grad_and_ggn_diag_from_outputs, which needs none"
+    no_derivative = "use curvax.value_grad_and_ggn_diag_from_outputs, which needs none"
     advice = f"pass {last}" if finite_differences else no_derivative
     return (
         "the backward pass of an operation of the loss or network, such as a kernel, has no "

@@ -15,20 +15,20 @@ def for_nnx(
     has_aux: bool = False,
     **options: Any,
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
-    r"""Makes a one-pass function of an NNX model, as ``nnx.value_and_grad`` is one of a gradient.
+    r"""Makes a one-pass function of an NNX model, like ``nnx.value_and_grad``.
 
-    curvax differentiates pure functions of the params. What this makes splits the model into its
-    params and all else, evaluates the loss on a copy, and puts what the forward pass changed, such
-    as batch statistics and dropout counters, back into the model once.
+    curvax differentiates pure functions of the params. The function made here splits the model into
+    its params and the rest, evaluates the loss on a copy, and writes what the forward pass changed,
+    such as batch statistics and dropout counters, back into the model once.
 
     Args:
-      transform: what makes the one-pass function of a pure function, one that takes ``has_aux``:
-        `curvax.value_grad_and_hessian_diag_from_state`, `curvax.value_grad_and_hessian_diag`, or
-        a function that composes such, as below for the Gauss-Newton matrix.
-      fun: a function ``fun(model, *args, **kwargs)`` of what ``transform`` asks for: a loss, or
-        with `curvax.value_grad_and_ggn_diag_from_outputs` the network's outputs.
+      transform: makes a one-pass function from a pure function, and takes ``has_aux``:
+        `curvax.value_grad_and_hessian_diag_from_state`, `curvax.value_grad_and_hessian_diag`, or a
+        composition of such transforms, as below for the Gauss-Newton matrix.
+      fun: a function ``fun(model, *args, **kwargs)`` that returns what ``transform`` expects: a
+        loss, or with `curvax.value_grad_and_ggn_diag_from_outputs` the network's outputs.
       *args: further positional arguments of ``transform``.
-      wrt: a filter of NNX, the variables that are trained; by default ``nnx.Param``. Use that of
+      wrt: an NNX filter for the trained variables, ``nnx.Param`` by default. Use the same as for
         ``nnx.Optimizer``.
       has_aux: whether ``fun`` returns auxiliary data as well.
       **options: further options of ``transform``.
@@ -40,7 +40,8 @@ def for_nnx(
 
     Raises:
       ModuleNotFoundError: if Flax is not installed.
-      ValueError: in the call, if its first argument is no NNX module; and as ``transform`` says.
+      ValueError: when called, if the first argument is not an NNX module; otherwise as
+        ``transform``.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -59,7 +60,7 @@ def for_nnx(
       >>> bool(losses[-1] < 1e-2 < losses[0])
       True
 
-      The Gauss-Newton diagonal instead, with the network's outputs for a loss:
+      For the Gauss-Newton diagonal, pass the network's outputs in place of a loss:
 
       >>> def from_outputs(network, loss, **options):
       ...     one_pass = curvax.value_grad_and_ggn_diag_from_outputs(network, loss, **options)

@@ -37,16 +37,16 @@ class ById:
 class Operator:
     r"""A symmetric matrix $A$ known by its products with trees.
 
-    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is
-    itself a pytree and may be an argument of a jitted function. Its arrays are ``like`` and those
-    of ``product`` where that is a pytree, as `jax.tree_util.Partial` is; what a plain function
-    closes over is a constant.
+    Made by `hessian_operator` and its relatives, or from any symmetric product. An operator is a
+    pytree and may be an argument of a jitted function. Its arrays are ``like`` and those of
+    ``product`` if that is a pytree, such as `jax.tree_util.Partial`; values that a plain function
+    closes over are constants.
 
     Args:
       product: ``vector -> A vector``, on trees like ``like``.
       like: a tree of real floating-point arrays: the shapes, dtypes and shardings of vectors.
-      products: ``vectors -> [A vector for each]``, for several at once; by default the method
-        ``products`` of ``product``, or one product at a time where it has none.
+      products: ``vectors -> [A vector for each]``, for several vectors at once; by default the
+        method ``products`` of ``product``, or one product at a time if it has none.
 
     Attributes:
       like: that tree, in float32 or wider.
@@ -74,8 +74,8 @@ class Operator:
             dtype = jnp.result_type(leaf)
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(
-                    f"an operator's vectors are real floating-point, got {dtype} at "
-                    f"{name}: leave the leaf out, with select where that is offered."
+                    f"an operator's vectors must be real floating-point, got {dtype} at "
+                    f"{name}: exclude the leaf, with select if the function takes it."
                 )
         self.like = jax.tree.map(widen, like)
         self._product = product
@@ -170,9 +170,9 @@ def check_symmetric(
       operator: $A$.
       key: a PRNG key for the vectors, or an integer seed.
       num_probes: the number of pairs.
-      tolerance: of the difference, relative to $\lVert A u \rVert + \lVert A v \rVert$: for random
-        vectors the difference is of the order of $\lVert A - A^T \rVert_F$, the sum of
-        $\lVert A \rVert_F$.
+      tolerance: bound on the difference relative to $\lVert A u \rVert + \lVert A v \rVert$. For
+        random vectors the difference is of the order of $\lVert A - A^T \rVert_F$, the sum of the
+        order of $\lVert A \rVert_F$.
 
     Returns:
       Nothing.

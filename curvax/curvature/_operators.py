@@ -31,32 +31,31 @@ def hessian_operator(
     r"""The Hessian of a loss over one batch or a whole data set.
 
     $A = \sum_b w_b \nabla^2 L_b(\theta) / \sum_b w_b$, with $w_b$ the number of examples in batch
-    $b$: an uneven last batch counts by its size. The product with one batch is compiled and called
-    from the host for each, so that data may be streamed, and the gradients of convolutions
-    stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, values that
-    ``loss_fn`` closes over are those of its first call: what changes must be in ``params`` or
-    ``batches``. Parameters narrower than float32 are widened. Integer and bool leaves are held
-    constant: vectors have None in their places.
+    $b$: an uneven last batch counts by its size. The product with one batch is compiled once and
+    called from the host for each batch. So data can be streamed, and the gradients of convolutions
+    stay out of loops, where XLA's CPU backend is slow. As under ``jax.jit``, ``loss_fn`` sees the
+    values that it closed over at its first call: pass what changes in ``params`` or ``batches``.
+    Parameters narrower than float32 are widened. Integer and bool leaves are held constant, and
+    vectors have None in their places.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch, in evaluation mode.
       params: the parameters.
       batches: an iterable of the further arguments of ``loss_fn``: a tuple or list of them, or a
         single one that is neither. Batches in lists, tuples and iterators are kept, and their
-        arrays belong to the operator under ``jax.jit``; any other iterable is read once for each
-        product.
+        arrays are part of the operator's pytree; any other iterable is read once per product.
       select: ``(path, leaf) -> bool``, the leaves that the operator is restricted to; vectors are
         then dictionaries of paths.
       batch_weight: ``batch_weight(*arguments)`` is $w_b$; by default the sum of the weights of
         `curvax.WeightedTargets`, else the length of the first axis, on which all arrays must
         agree, or one where there are only scalars.
-      linearize: whether what products need from the network is computed once for each batch and
-        kept. It saves about a third of a product's time, and takes about the memory of one batch's
-        product times the number of batches. None means yes for a single kept batch, unless ``mode``
-        is ``"finite_differences"``, which has nothing to keep.
+      linearize: whether to compute the linearization of each batch once and keep it. It saves about
+        a third of a product's time and takes about the memory of one batch's product times the
+        number of batches. None means True for a single kept batch, unless ``mode`` is
+        ``"finite_differences"``, which has nothing to keep.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
-      mode: how products are taken, see `curvax.value_grad_and_hvp`.
-      check_deterministic: whether to compare two products of the same vector and warn if they
+      mode: how to compute products; see `curvax.value_grad_and_hvp`.
+      check_deterministic: whether to compare two products with the same vector and warn if they
         differ, as with augmentation or a new dropout key at each pass.
 
     Returns:
@@ -64,7 +63,7 @@ def hessian_operator(
 
     Raises:
       ValueError: if there are no batches, the first axes of a batch disagree, the loss is not a
-        real scalar or has an operation that ``mode`` does not allow, or ``select`` chooses
+        real scalar or has an operation that does not support ``mode``, or ``select`` chooses
         nothing.
 
     Example:
@@ -81,7 +80,7 @@ def hessian_operator(
     check_choice("mode", mode, get_args(Mode))
     if mode == "finite_differences":
         if linearize:
-            raise ValueError('linearize=True has nothing to keep with mode="finite_differences".')
+            raise ValueError('linearize=True does not work with mode="finite_differences".')
         linearize = False
     return over_batches(
         compiled_once(_hessian_product, loss_fn, has_aux=has_aux, mode=mode),
@@ -111,22 +110,22 @@ def ggn_operator(
     r"""The generalized Gauss-Newton matrix $J^T H_\ell J$ over one batch or a whole data set.
 
     Args:
-      network: ``network(params, inputs) -> outputs``, as `curvax.ggn_vp` takes it.
-      loss: as `curvax.ggn_vp` takes it, ``"softmax_cross_entropy"`` for example.
+      network: ``network(params, inputs) -> outputs``, as in `curvax.ggn_vp`.
+      loss: as in `curvax.ggn_vp`, for example ``"softmax_cross_entropy"``.
       params: the parameters.
-      batches: an iterable of tuples ``(inputs, targets)``, as `hessian_operator` takes it.
-      select: as `hessian_operator` takes it.
-      batch_weight: see there.
-      linearize: see there.
+      batches: an iterable of tuples ``(inputs, targets)``, as in `hessian_operator`.
+      select: as in `hessian_operator`.
+      batch_weight: as in `hessian_operator`.
+      linearize: as in `hessian_operator`.
       has_aux: whether ``network`` returns ``(outputs, aux)``; the aux is dropped.
-      mode: as `curvax.ggn_vp` takes it.
-      check_deterministic: see there.
+      mode: as in `curvax.ggn_vp`.
+      check_deterministic: as in `hessian_operator`.
 
     Returns:
       The operator.
 
     Raises:
-      ValueError: as `hessian_operator` and `curvax.ggn_vp` do.
+      ValueError: as in `hessian_operator` and `curvax.ggn_vp`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,22 +165,22 @@ def empirical_fisher_operator(
     r"""The empirical Fisher matrix $\frac1N \sum_n g_n g_n^T$ of the gradients of all examples.
 
     Args:
-      network: as `ggn_operator` takes it.
-      loss: see there.
-      params: see there.
-      batches: see there.
-      select: see there.
-      batch_weight: see there.
-      linearize: see there.
+      network: as in `ggn_operator`.
+      loss: as in `ggn_operator`.
+      params: as in `ggn_operator`.
+      batches: as in `ggn_operator`.
+      select: as in `hessian_operator`.
+      batch_weight: as in `hessian_operator`.
+      linearize: as in `hessian_operator`.
       has_aux: whether ``network`` returns ``(outputs, aux)``; the aux is dropped.
-      mode: as `curvax.ggn_vp` takes it.
-      check_deterministic: see there.
+      mode: as in `curvax.ggn_vp`.
+      check_deterministic: as in `hessian_operator`.
 
     Returns:
       The operator.
 
     Raises:
-      ValueError: as `hessian_operator` and `curvax.fisher_vp` do.
+      ValueError: as in `hessian_operator` and `curvax.fisher_vp`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -51,7 +51,7 @@ def random_probe(
     one.
 
     Args:
-      key: a PRNG key, typed or raw, or an integer seed. Each leaf draws from its own split of it.
+      key: a PRNG key, typed or raw, or an integer seed. Each leaf uses its own split of it.
       params: a tree of arrays; only shapes, dtypes and shardings are read.
       distribution: ``"rademacher"`` or ``"normal"``.
 

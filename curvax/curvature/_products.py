@@ -50,7 +50,7 @@ def value_grad_and_hvp(
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
       has_aux: whether ``fun`` returns auxiliary data (new batch statistics, metrics).
-      mode: how the product is taken.
+      mode: how to compute the product.
 
         * ``"forward_over_reverse"``: one ``jvp`` of ``value_and_grad``. The fastest, with the least
           memory.
@@ -58,8 +58,7 @@ def value_grad_and_hvp(
           that has no forward-mode rule (some fused attention). About twice the memory.
         * ``"finite_differences"``: a central difference of two further gradients, for a
           kernel whose backward pass cannot be differentiated at all. Its relative error is
-          about $\epsilon^{2/3}$: 2e-5 in float32, 4e-11 in float64, of no use in
-          bfloat16.
+          about $\epsilon^{2/3}$: 2e-5 in float32, 4e-11 in float64; it is useless in bfloat16.
 
     Returns:
       A function ``(params, tangent, *args, **kwargs) -> (value, grads, hvp)``. ``tangent``
@@ -69,8 +68,8 @@ def value_grad_and_hvp(
       conjugate of the direction of steepest ascent.
 
     Raises:
-      ValueError: on an unknown ``mode``, one that an operation of the loss does not support, a
-        tangent that does not match ``params``, or a loss that is not a real scalar.
+      ValueError: if ``mode`` is unknown or an operation of the loss does not support it, the
+        tangent does not match ``params``, or the loss is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -115,14 +114,14 @@ def hvp(
     mode: Mode = "forward_over_reverse",
     **kwargs: Any,
 ) -> Tree:
-    r"""The product of a loss's Hessian with a vector, $\nabla^2 f(\theta)\, t$.
+    r"""Multiplies a loss's Hessian by a vector, $\nabla^2 f(\theta)\, t$.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
-      params: a tree of arrays, the point at which the Hessian is taken.
+      params: a tree of arrays, the point at which to evaluate the Hessian.
       tangent: a tree like ``params``, the vector.
-      *args: further arguments of ``fun``; none of them gets a tangent.
+      *args: further arguments of ``fun``, which are not differentiated.
       has_aux: whether ``fun`` returns auxiliary data, which is dropped.
       mode: see `curvax.value_grad_and_hvp`.
       **kwargs: keyword arguments of ``fun``.
@@ -131,7 +130,7 @@ def hvp(
       A tree with the shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: as `curvax.value_grad_and_hvp` does.
+      ValueError: as in `curvax.value_grad_and_hvp`.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -154,14 +153,14 @@ def linearized_hvp(
 ) -> Callable[[Tree], Tree]:
     r"""Linearizes the gradient once, for many products at one point.
 
-    The function returned evaluates $t \mapsto \nabla^2 f(\theta)\, t$ from the stored
-    intermediate values of one forward and one backward pass (``"finite_differences"`` has
-    nothing to store and takes two gradients a product).
+    The returned function evaluates $t \mapsto \nabla^2 f(\theta)\, t$ from the stored intermediate
+    values of one forward and one backward pass. (``"finite_differences"`` stores nothing and takes
+    two gradients per product.)
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or
         ``(scalar, aux)`` with ``has_aux``.
-      params: a tree of arrays, the point at which the Hessian is taken.
+      params: a tree of arrays, the point at which to evaluate the Hessian.
       *args: further arguments of ``fun``.
       has_aux: whether ``fun`` returns auxiliary data, which is dropped.
       mode: see `curvax.value_grad_and_hvp`.
@@ -171,7 +170,7 @@ def linearized_hvp(
       A linear function from a tree like ``params`` to a tree like ``params``.
 
     Raises:
-      ValueError: as `curvax.value_grad_and_hvp` does.
+      ValueError: as in `curvax.value_grad_and_hvp`.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

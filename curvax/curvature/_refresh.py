@@ -44,30 +44,30 @@ def refresh_due(
 
 
 def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> bool | jax.Array:
-    r"""Whether a step refreshes the curvature.
+    r"""Returns whether a step refreshes the curvature.
 
-    The first ``refresh_warmup`` steps do, and then every ``update_interval``-th: step $t$ with
-    warm-up $w$ and interval $n$ if
+    The first ``refresh_warmup`` steps do, then every ``update_interval``-th. With warm-up $w$ and
+    interval $n$, step $t$ does if
 
     $$
     t < w \quad \text{or} \quad (t - w) \bmod n = 0
     $$
 
-    `curvax.adahessian` uses the same rule. Loops that decide on the host call it with the
-    optimizer's two numbers, so that both refresh at the same steps.
+    `curvax.adahessian` uses the same rule. A loop that decides on the host calls this function with
+    the optimizer's interval and warm-up, so that both refresh at the same steps.
 
     Args:
       step: the number of steps taken before this one, an integer or an int array.
-      update_interval: the steps from one refresh to the next. An array below 1 counts as 1, so
-        that a schedule may fall below it.
-      refresh_warmup: the number of first steps that all refresh.
+      update_interval: the number of steps between refreshes. An array below 1 counts as 1, so that
+        a schedule may fall below it.
+      refresh_warmup: the number of initial steps that all refresh.
 
     Returns:
       A Python bool if all arguments are Python or NumPy integers, else a bool array.
 
     Raises:
-      ValueError: if ``update_interval`` is not an integer of at least 1, or ``refresh_warmup`` not
-        one of at least 0; arrays are not checked.
+      ValueError: if ``update_interval`` is not an integer of at least 1 or ``refresh_warmup`` not
+        an integer of at least 0; arrays are not checked.
 
     Example:
       >>> import curvax
@@ -86,7 +86,7 @@ def check_refresh_rule(update_interval: Any, refresh_warmup: Any) -> None:
     if not isinstance(update_interval, jax.Array):
         check_count("update_interval", update_interval)
     if not isinstance(refresh_warmup, jax.Array):
-        check_index("refresh_warmup", refresh_warmup, "give the number of first steps, 0 for none")
+        check_index("refresh_warmup", refresh_warmup, "pass the number of initial steps or 0")
 
 
 def clamped_interval(update_interval: Any) -> jax.Array:
@@ -108,8 +108,8 @@ def decide(refresh: Any, state: RefreshState) -> bool | jax.Array:
     """
     if isinstance(refresh, jax.Array):
         raise ValueError(
-            "refresh must be static (None, True or False), got an array; pass it to the "
-            "jitted step with static_argnames, or pass None to decide by the state's count."
+            "refresh must be static (None, True or False), got an array; list it in the "
+            "static_argnames of the jitted step, or pass None to follow the state."
         )
     check_choice("refresh", refresh, (None, True, False))
     if refresh is not None:

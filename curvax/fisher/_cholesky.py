@@ -1,10 +1,10 @@
 r"""The damped Cholesky factorization of a Gram or Fisher matrix, for dynamic and static use.
 
-A matrix is scaled to a unit diagonal, so that gradients of very different lengths do no harm, and
+A matrix is scaled to a unit diagonal, so that gradients may have very different lengths, and
 factored by panels of 128 rows: the factorization of a diagonal block is XLA's, the rest is matrix
-products. On a CPU, XLA passes a whole matrix to LAPACK, whose threads then busy-wait for about
-20 ms and take the cores from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then
-took 85 (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single
+products. On a CPU, XLA passes a whole matrix to LAPACK, whose threads then busy-wait for about 20
+ms and take the cores from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then
+took 85 ms (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single
 thread. On a TPU a whole factorization is a loop over columns.
 """
 
@@ -23,7 +23,7 @@ _SUBSTITUTED = 16  # the largest that LAPACK solves for by a single thread, with
 
 
 class Panel(NamedTuple):
-    """Some rows of a Cholesky factor: the inverse of their block, and what is right of it."""
+    """Rows of a Cholesky factor: the inverse of their diagonal block, and what is to its right."""
 
     inverse: jax.Array  # W = L^-1 of the block L L^H on the diagonal
     row: jax.Array  # R = W A_12

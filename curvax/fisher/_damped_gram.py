@@ -52,12 +52,12 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
     r"""Solves $(\mathrm{shift}\, I + G G^T)\, x = b$ by Cholesky, with more damping if needed.
 
     The system is scaled to a unit diagonal, $A y = c$ with $A = D^{-1/2} K D^{-1/2}$ and
-    $D = \operatorname{diag} K$, so that gradients of very different lengths, as in a run that
-    converges, do no harm. A solution is accepted if its residual, $c - A y$, is at most 3 % of $c$
-    or if a step of iterative refinement changes $G^T x$ by less than half its length. Otherwise
-    $K$ is singular to working precision, and the diagonal of $A$ is raised by one machine epsilon,
-    then by four, and so on until a solution is accepted, for whose residual to count the rounding
-    of $G^T x$ must be at most an eighth of its length.
+    $D = \operatorname{diag} K$, so that gradients may have very different lengths, as in a run that
+    converges. A solution is accepted if its residual, $c - A y$, is at most 3 % of $c$ or if a step
+    of iterative refinement changes $G^T x$ by less than half its length. Otherwise $K$ is singular
+    to working precision, and the diagonal of $A$ is raised by one machine epsilon, then by four,
+    and so on until a solution is accepted. Here the residual counts only if the rounding error of
+    $G^T x$ is at most an eighth of its length.
 
     Args:
       gram: $G G^T$, of shape (m, m).

@@ -19,8 +19,8 @@ class AccumulateHessianDiagState(NamedTuple):
     """State of `curvax.accumulate_hessian_diag`.
 
     Attributes:
-      mini_step: int32 scalar, the micro-steps taken in this step.
-      mean: a tree like ``params`` in float32 or wider, their signed mean.
+      mini_step: int32 scalar, the number of micro-steps taken in this step.
+      mean: a tree like ``params`` in float32 or wider, the signed mean over them.
     """
 
     mini_step: jax.Array
@@ -35,22 +35,22 @@ def accumulate_hessian_diag(every_k: int) -> optax.GradientTransformationExtraAr
     $$
 
     It is an Optax transformation: ``update(diag, state)`` returns the running mean, which at
-    micro-step $k$ is the mean over all, and then starts over. With ``optax.MultiSteps``, pass the
-    running mean at every micro-step: the inner optimizer's result counts only at the last. All
-    micro-steps of a step then share one probe, since the optimizer's count, from which
-    `curvax.value_grad_and_hessian_diag_from_state` derives it, does not change: so $\bar D_k$ is
-    exactly the full batch's $z \odot Hz$.
+    micro-step $k$ is the mean over the whole step. It then starts over. With ``optax.MultiSteps``,
+    pass the running mean at every micro-step: only the last one takes effect. All micro-steps of a
+    step share one probe, because `curvax.value_grad_and_hessian_diag_from_state` derives it from
+    the optimizer's count, which does not change within a step. So $\bar D_k$ is exactly the full
+    batch's $z \odot Hz$.
 
     A non-finite micro-batch makes the mean non-finite until the step ends, and AdaHessian then
     keeps its previous curvature.
 
     Args:
-      every_k: the number of micro-steps $k$ in a step, as ``every_k_schedule`` of
+      every_k: the number of micro-steps $k$ per step, like ``every_k_schedule`` of
         ``optax.MultiSteps``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes one extra argument,
-      ``mini_step``: the index of this micro-step, if something else counts them. Pass
+      ``mini_step``: the index of this micro-step, if something else keeps count. Pass
       ``mini_step=multi_steps_state.mini_step`` if ``optax.MultiSteps`` may skip some.
 
     Raises:

@@ -21,7 +21,7 @@ Where this differs from the paper and the published code, and why:
 * $\hat v = v / w$, where $w$ is the same average of ones over accepted refreshes.
   It is $1 - \beta_2^t$ at interval 1 and stays correct when the interval changes or a refresh is
   skipped.
-* A leaf with a non-finite estimate keeps its previous one; while it has none, its update is zero.
+* A leaf whose estimate is not finite keeps its previous one; until it has one, its update is zero.
 * Each entry of the step is bounded, since curvature may vanish where the gradient does not.
 * Curvature is kept in float32 or wider whatever the parameters are: bfloat16 cannot hold 0.999.
 """
@@ -69,18 +69,18 @@ class ScaleByAdaHessianState(NamedTuple):
     """State of `curvax.scale_by_adahessian`.
 
     Attributes:
-      count: int32 scalar, the steps taken.
-      due: bool scalar, whether the next step refreshes the curvature; None with a Python
-        ``update_interval`` of 1, where every step does.
+      count: int32 scalar, the number of steps taken.
+      due: bool scalar, whether the next step refreshes the curvature; None if ``update_interval``
+        is the Python integer 1, since every step does.
       key: PRNG key; step ``t`` draws its probes from ``fold_in(key, t)``.
       mu: a tree like ``params``, the average of gradients.
       nu: a tree like ``params`` in float32 or wider, the average of squared curvature.
-      nu_weight: scalar, the same average of ones: the bias correction of ``nu``.
+      nu_weight: scalar, the same average of ones, which corrects the bias of ``nu``.
       refreshes: int32 scalar, the number of curvature estimates so far.
-      refusals: int32, for each leaf in the order of ``jax.tree.leaves(params)``, how many of them
-        were not finite.
-      clipped: float32 scalar, the share of entries that ``clip_threshold`` bounded in the last
-        step; None without one.
+      refusals: int32, for each leaf in the order of ``jax.tree.leaves(params)``, the number of
+        estimates that were not finite.
+      clipped: float32 scalar, the fraction of entries that ``clip_threshold`` clipped in the last
+        step; None without a threshold.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax
@@ -115,35 +115,35 @@ def scale_by_adahessian(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the averaged diagonal of the Hessian.
 
-    See `curvax.adahessian` for the rule and the arguments. The sign and the learning rate
-    are left to the chain.
+    See `curvax.adahessian` for the rule and the arguments. Chain it with
+    ``optax.scale_by_learning_rate``, which applies the sign and the learning rate.
 
     Args:
       b1: decay rate of the average of gradients, in [0, 1).
       b2: decay rate, per step, of the average of squared curvature, in [0, 1).
-      eps: added to the denominator, outside root and power; positive.
+      eps: positive constant added to the denominator, outside root and power.
       hessian_power: the power $k$ of the curvature, in [0, 1].
       averaging: which entries of a kernel share one curvature value.
-      layout: what the axes of the leaves are.
-      update_interval: steps from one refresh of the curvature to the next.
-      refresh_warmup: the number of first steps that all refresh it.
-      num_probes: probes averaged when curvature is computed from ``obj_fn``.
-      distribution: ``"rademacher"`` or ``"normal"``, likewise.
-      mode: how the product is taken, likewise.
-      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
+      layout: the roles of the leaves' axes.
+      update_interval: the number of steps between curvature refreshes.
+      refresh_warmup: the number of initial steps that all refresh the curvature.
+      num_probes: the number of probes if the curvature is computed from ``obj_fn``.
+      distribution: the distribution of these probes, ``"rademacher"`` or ``"normal"``.
+      mode: how to compute their products; see `curvax.value_grad_and_hvp`.
+      key: PRNG key for the probes, or an integer seed; ``jax.random.key(0)`` by default.
       mu_dtype: dtype of the average of gradients; the params' by default.
       clip_threshold: bound on the absolute value of each entry of the rescaled gradient; None
-        for none.
-      nesterov: whether to look one step ahead in the average of gradients.
-      skip_zeros: whether an estimate of exactly zero is no observation.
+        for no bound.
+      nesterov: whether to use Nesterov momentum.
+      skip_zeros: whether to ignore estimates that are exactly zero.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a
       `curvax.ScaleByAdaHessianState`.
 
     Raises:
-      ValueError: on an argument out of range, at construction; in ``init``, on complex
-        parameters; in ``update``, where no curvature is given or it does not match.
+      ValueError: at construction, if an argument is out of range; in ``init``, if parameters are
+        complex; in ``update``, if no curvature is given or it does not match the gradients.
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax
@@ -282,11 +282,10 @@ def adahessian(
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaHessian: an adaptive optimizer on the Hessian's diagonal.
+    r"""AdaHessian: an adaptive optimizer that uses the Hessian's diagonal.
 
     With $g_t$ the gradient, $D_t = A(|z \odot H_t z|)$ the averaged estimate of
-    the Hessian's diagonal from a Rademacher probe $z$, and $\hat{\ }$ the bias
-    corrections,
+    the Hessian's diagonal from a Rademacher probe $z$, and $\hat{\ }$ bias correction,
 
     $$
     \begin{aligned}
@@ -297,72 +296,70 @@ def adahessian(
     \end{aligned}
     $$
 
-    The update takes curvature in one of three ways; the first one given wins: ``hessian_diag``, a
-    tree like the gradients, as `curvax.value_grad_and_hessian_diag` and its siblings return it with
-    the gradient in one pass; ``obj_fn``, a function ``params -> loss`` closed over the batch;
-    ``value_fn``, the same under the name that L-BFGS uses. Other extra arguments are ignored.
+    ``update`` takes the curvature from the first of these extra arguments that is given:
+    ``hessian_diag``, a tree like the gradients, which `curvax.value_grad_and_hessian_diag` and its
+    siblings return with the gradient; ``obj_fn``, a function ``params -> loss`` that closes over
+    the batch; ``value_fn``, the same under L-BFGS's name. Other extra arguments are ignored.
 
-    ``refresh``, a static extra argument, says whether the step folds curvature in: ``None`` follows
-    the state, ``True`` does, ``False`` does not and needs none.
+    ``refresh``, a static extra argument, says whether the step uses new curvature: ``None`` leaves
+    it to the state, ``True`` means yes, ``False`` means no, so none need be given.
 
     Args:
       learning_rate: a number or a schedule, on Newton's scale, not Adam's: start at 0.3 with
         ``hessian_power=1``; the paper uses 0.15 for ResNets, and 0.05 to 2 elsewhere.
       b1: decay rate of the average of gradients, in [0, 1).
       b2: decay rate, per step, of the average of squared curvature, in [0, 1).
-      eps: added to the denominator, outside root and power; positive. Where curvature vanishes
-        the step is the gradient over ``eps``, which ``clip_threshold`` bounds.
+      eps: positive constant added to the denominator, outside root and power. Where curvature
+        vanishes, the step is the gradient divided by ``eps``; ``clip_threshold`` bounds it.
       hessian_power: the power $k$ of the curvature, in [0, 1]: 1 is Newton-like, 0
         ignores curvature. The paper's language models use 0.5.
       averaging: which entries of a kernel share one curvature value.
 
-        * ``"conv"``: the spatial axes of convolution kernels, as the published image code.
-        * ``"row"``: also the whole fan-in of matrices, as the published instruction code.
-        * ``"block"``: runs of 32 along the fan-in of matrices, as the transformer code.
-        * ``"none"``: each entry has its own.
-        * ``"paper"``: like ``"conv"`` with the signed values averaged, Eq. 10.
-        * a function ``(path, shape) -> axes`` of the leaf's path, ``"layers/0/kernel"``, and
-          shape, that returns a tuple of axes or a `curvax.Block`. (Name it in the ``static_args``
-          of ``optax.inject_hyperparams``, which would treat a callable as a schedule.)
+        * ``"conv"``: the spatial axes of convolution kernels, as in the published image code.
+        * ``"row"``: also the whole fan-in of matrices, as in the published instruction code.
+        * ``"block"``: runs of 32 along the fan-in of matrices, as in the transformer code.
+        * ``"none"``: each entry has its own value.
+        * ``"paper"``: like ``"conv"``, but averages the signed values, Eq. 10.
+        * a function ``(path, shape) -> axes`` of a leaf's path, such as ``"layers/0/kernel"``, and
+          shape; it returns a tuple of axes or a `curvax.Block`. (Name it in the ``static_args`` of
+          ``optax.inject_hyperparams``, which would treat a callable as a schedule.)
       layout: how a preset reads the axes of a leaf: ``"auto"``, ``"flax"``,
-        ``"out_first"`` (Equinox, PyTorch), ``"haiku"``, a mapping of patterns of paths
-        (``re.search``) to layouts, ``{"encoder/.*kernel": "LHWIO"}`` (`curvax.KernelLayout`), or
-        a function ``(path, shape) -> layout``, likewise in ``static_args``.
-        `curvax.averaging_table` shows the result.
-      update_interval: steps $n$ from one refresh of the curvature to the next. Its
-        weight is $1 - \beta_2^n$, so ``b2`` keeps its meaning per step. A schedule's value below 1
-        counts as 1. See `curvax.refresh_due`.
-      refresh_warmup: the number of first steps that all refresh the curvature. With an interval
-        above 1 take tens or hundreds of steps: units of a ReLU network that are inactive at a
-        single refresh have no curvature until the next.
-      num_probes: probes averaged when curvature is computed from ``obj_fn``. More of them
-        change what $v$ estimates, $H_{ii}^2 + \frac1S \sum_{j \ne i} H_{ij}^2$,
-        not only its noise.
-      distribution: ``"rademacher"`` or ``"normal"``, likewise.
-      mode: how the product is taken, likewise; see `curvax.value_grad_and_hvp`.
-      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
+        ``"out_first"`` (Equinox, PyTorch), ``"haiku"``, a mapping from path patterns
+        (``re.search``) to layouts, such as ``{"encoder/.*kernel": "LHWIO"}``
+        (`curvax.KernelLayout`), or a function ``(path, shape) -> layout``, also to be named in
+        ``static_args``. `curvax.averaging_table` shows the result.
+      update_interval: the number of steps $n$ between curvature refreshes. A refresh has weight $1
+        - \beta_2^n$, so ``b2`` remains a decay rate per step. A schedule's value below 1 counts as
+        1. See `curvax.refresh_due`.
+      refresh_warmup: the number of initial steps that all refresh the curvature. With an interval
+        above 1, use tens or hundreds of steps: ReLU units that are inactive at a single refresh
+        have no curvature until the next.
+      num_probes: the number of probes if the curvature is computed from ``obj_fn``. More probes
+        change what $v$ estimates, $H_{ii}^2 + \frac1S \sum_{j \ne i} H_{ij}^2$, not only its noise.
+      distribution: the distribution of these probes, ``"rademacher"`` or ``"normal"``.
+      mode: how to compute their products; see `curvax.value_grad_and_hvp`.
+      key: PRNG key for the probes, or an integer seed; ``jax.random.key(0)`` by default.
       mu_dtype: dtype of the average of gradients; the params' by default.
       clip_threshold: bound on the absolute value of each entry of the preconditioned step,
         before learning rate and decay. None is the published rule, whose steps are the gradient
-        over ``eps`` where curvature vanishes.
-      nesterov: whether to look one step ahead in the average of gradients, as ``optax.adam``
-        does: $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 -
-        \beta_1^t)$.
-      skip_zeros: whether an estimate of exactly zero is no observation. The entry then keeps its
-        $\hat v$, and while it has none, it takes the mean $\hat v$ of the entries of its leaf that
-        do. Rows of an embedding that a batch does not use and inactive units have no curvature at
-        most steps. The published average takes those zeros in, so that each use moves such an
-        entry by more than Newton's step: better for rare words, worse for rare ids.
-      weight_decay: the decoupled decay $\lambda$, times the learning rate. Divide a decay tuned for
-        AdamW by the ratio of the learning rates.
-      mask: a tree of bools, or a function of params that returns one: which leaves decay.
+        divided by ``eps`` where curvature vanishes.
+      nesterov: whether to use Nesterov momentum, as in ``optax.adam``: $\hat m_t = \beta_1 m_t / (1
+        - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 - \beta_1^t)$.
+      skip_zeros: whether to ignore estimates that are exactly zero. The entry then keeps its $\hat
+        v$; an entry without one uses the mean $\hat v$ of the entries of its leaf that have one.
+        Inactive units, and embedding rows that a batch does not use, have no curvature at most
+        steps. The published average includes those zeros, so each use moves such an entry by more
+        than Newton's step: better for rare words, worse for rare ids.
+      weight_decay: the decoupled weight decay $\lambda$, multiplied by the learning rate. Divide a
+        decay tuned for AdamW by the ratio of the learning rates.
+      mask: a tree of bools, or a function of params that returns one; True leaves decay.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: on an argument out of range, at construction; in ``init``, on complex
-        parameters; in ``update``, where no curvature is given or it does not match.
+      ValueError: at construction, if an argument is out of range; in ``init``, if parameters are
+        complex; in ``update``, if no curvature is given or it does not match the gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
@@ -424,8 +421,8 @@ def _check_b2_precision(b2: Scalar) -> None:
     dtype = getattr(b2, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         raise ValueError(
-            f"b2 has dtype {dtype}, in which 0.999 rounds too far; with inject_hyperparams "
-            "pass hyperparam_dtype=jnp.float32."
+            f"b2 has dtype {dtype}, which cannot represent 0.999; with "
+            "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
         )
 
 

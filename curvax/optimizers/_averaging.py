@@ -22,8 +22,7 @@ class Block(NamedTuple):
 
     Attributes:
       length: the number of entries that share a value.
-      axis: the axis along which they are consecutive; 0 is the fan-in of a Flax dense
-        kernel.
+      axis: the axis along which they lie; 0 is the fan-in of a Flax dense kernel.
     """
 
     length: int
@@ -118,12 +117,12 @@ def average_curvature(averaging: Averaging | Rule, diag: Any, layout: Layout = "
 def averaging_table(
     params: PyTree, averaging: Averaging | Rule = "conv", *, layout: Layout = "auto"
 ) -> str:
-    """A table of what AdaHessian averages in each leaf, to check before a run.
+    """Tabulates what AdaHessian averages in each leaf, to check before a run.
 
     Args:
       params: a tree of arrays or ``jax.ShapeDtypeStruct``.
-      averaging: as `curvax.adahessian` takes it.
-      layout: as `curvax.adahessian` takes it.
+      averaging: as in `curvax.adahessian`.
+      layout: as in `curvax.adahessian`.
 
     Returns:
       A table to print: path, shape, the layout in the letters of
@@ -184,7 +183,7 @@ def _checked(share: Any, name: str, shape: tuple[int, ...]) -> Axes | Block:
             f"{share!r}. Return a tuple of axes, () for none, or curvax.Block(length, axis)."
         )
     if isinstance(share, Block) and share.length < 1:
-        raise ValueError(f"averaging: a block's length must be at least 1, got {share!r}.")
+        raise ValueError(f"a curvax.Block must have a length of at least 1, got {share!r}.")
     return share
 
 

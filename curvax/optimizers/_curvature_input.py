@@ -30,9 +30,7 @@ def curvature_of_function(
             "hessian_diag= from curvax.value_grad_and_hessian_diag(loss_fn)."
         )
     if params is None:
-        raise ValueError(
-            "obj_fn is evaluated at params: pass tx.update(grads, state, params, ...)."
-        )
+        raise ValueError("obj_fn needs params: call tx.update(grads, state, params, ...).")
 
     def estimate() -> PyTree:
         if is_traced(num_probes):
@@ -50,7 +48,7 @@ def curvature_of_function(
         if not has_holes(params):
             raise
         raise ValueError(
-            "obj_fn failed on params with holes, as optax.masked and optax.partition pass them. "
+            "obj_fn failed on params with holes, which optax.masked and optax.partition create. "
             "Fill them inside obj_fn, lambda p: loss_fn(curvax.merge_masked(params, p), "
             "batch), or pass hessian_diag= computed outside."
         ) from error
@@ -93,9 +91,9 @@ def given_diag(hessian_diag: PyTree, updates: PyTree) -> PyTree:
 def merge_masked(params: Tree, masked: PyTree) -> Tree:
     """Fills the holes of a masked tree from the full one.
 
-    ``optax.masked`` and ``optax.partition`` pass an inner transformation parameters with
-    ``optax.MaskedNode`` in place of those it must not see. A loss needs all of them: the holes are
-    filled with constants, and curvature is taken in the rest.
+    ``optax.masked`` and ``optax.partition`` replace the parameters that an inner transformation
+    must not see by ``optax.MaskedNode``. A loss needs all of them: the holes are filled with
+    constants, and curvature is taken with respect to the rest.
 
     Args:
       params: the full tree.

@@ -18,7 +18,7 @@ class HutchinsonEstimatorState(NamedTuple):
     """State of `curvax.hutchinson_estimator`.
 
     Attributes:
-      refreshes: int32 scalar, the estimates made so far.
+      refreshes: int32 scalar, the number of estimates so far.
       probe_key: PRNG key; estimate ``r`` draws its probes from ``fold_in(probe_key, r)``.
     """
 
@@ -35,25 +35,25 @@ def hutchinson_estimator(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimates the Hessian's diagonal as an Optax transformation.
 
-    Its ``update`` replaces the gradients by $z \odot Hz$, the mean over probes. It takes the place
-    of ``optax.contrib.hutchinson_estimator_diag_hessian``, as the ``hessian_diagonal_fn`` of
-    ``optax.contrib.sophia``, with these differences: probes have each leaf's own dtype, so trees of
-    mixed dtypes work; integer leaves get zeros; several probes can be averaged; and with
-    ``hessian_diag=`` it passes on a diagonal that came with the gradient in one pass, where Optax's
-    takes the gradient a second time.
+    Its ``update`` replaces the gradients by $z \odot Hz$, averaged over probes. Use it as the
+    ``hessian_diagonal_fn`` of ``optax.contrib.sophia``. It differs from
+    ``optax.contrib.hutchinson_estimator_diag_hessian``: probes have each leaf's own dtype, so trees
+    of mixed dtypes work; integer leaves get zeros; several probes can be averaged; and
+    ``hessian_diag=`` passes on a diagonal computed with the gradient in one pass, where Optax's
+    computes the gradient a second time.
 
     Args:
       num_probes: the number of probes, vectorized.
       distribution: ``"rademacher"`` or ``"normal"``.
-      mode: how the product is taken, see `curvax.value_grad_and_hvp`.
-      key: PRNG key of the probes, or an integer seed; ``jax.random.key(0)`` by default.
+      mode: how to compute the product; see `curvax.value_grad_and_hvp`.
+      key: PRNG key for the probes, or an integer seed; ``jax.random.key(0)`` by default.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes ``hessian_diag``,
-      ``obj_fn`` or ``value_fn``; the first one given wins, and others are ignored.
+      ``obj_fn`` or ``value_fn``; the first one given is used, the others are ignored.
 
     Raises:
-      ValueError: on an option out of range; in ``update``, where no curvature is given.
+      ValueError: if an option is out of range; in ``update``, if no curvature is given.
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax

@@ -13,10 +13,10 @@ from curvax.optimizers._shardings import state_shardings
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
-    """The bytes that an optimizer's state takes on one device, from shapes alone.
+    """Computes the bytes that an optimizer's state takes on one device, from shapes alone.
 
-    Nothing is allocated. Where the params have shardings, each leaf counts as the part of it
-    that one device holds when the state follows `curvax.state_shardings`.
+    Nothing is allocated. If the params have shardings, each leaf counts only the part that one
+    device holds when the state follows `curvax.state_shardings`.
 
     Args:
       tx: any Optax transformation.
@@ -67,7 +67,7 @@ def check_window_memory(
             f"{available / 2**30:.1f} GiB: {_bytes(window):,} bytes in total for "
             f"num_grads={num_grads}, density={density}. Lower num_grads, set density (0.01 takes "
             "1.5 % of a dense window in float32), or shard the parameters; curvax.state_bytes "
-            "tells the bytes beforehand."
+            "computes the size in advance."
         )
 
 

@@ -53,18 +53,18 @@ class ScaleByMfacState(NamedTuple):
     """State of `curvax.scale_by_mfac`.
 
     Attributes:
-      count: int32 scalar, the gradients taken into the window so far.
+      count: int32 scalar, the number of gradients added to the window so far.
       window: the last ``num_grads`` gradients, a `curvax.fisher.DenseWindow` or a
         `curvax.fisher.SparseWindow`; gradient ``t`` is in row ``t % num_grads``.
       gram: the inner products of the window's rows, of shape (num_grads, num_grads), in
         float32 or wider.
-      damping: scalar, the damping of the last step, as it stands in $F$.
-      normalizer: scalar, what the sum of outer products was divided by in the last step.
-      failures: int32 scalar, the steps whose factorization failed and was repeated with a
+      damping: scalar, the damping in $F$ at the last step.
+      normalizer: scalar, the divisor of the sum of outer products at the last step.
+      failures: int32 scalar, the number of steps whose factorization failed and was repeated with a
         larger damping.
       mu: a tree like ``params``, the average of updates; None without momentum.
-      feedback: a tree like ``params`` in float32 or wider, what sparse rows have left out so far;
-        None with dense rows.
+      feedback: a tree like ``params`` in float32 or wider, the residual that sparse rows have left
+        out so far; None with dense rows.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax
@@ -88,21 +88,23 @@ def scale_by_mfac(
     top_k_recall: float | None = None,
     max_update_norm: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales gradients by the inverse empirical Fisher matrix of the last of them.
+    r"""Rescales gradients by the inverse empirical Fisher matrix of recent gradients.
 
-    See `curvax.mfac` for the rule and the arguments. The sign and the learning rate are left
-    to the chain. An update can be differentiated in forward mode only: a factorization that fails
-    is repeated in a loop of unknown length.
+    See `curvax.mfac` for the rule and the arguments. Chain it with
+    ``optax.scale_by_learning_rate``, which applies the sign and the learning rate. Updates support
+    forward-mode differentiation only: a factorization that fails is repeated in a loop of unknown
+    length.
 
     Args:
       num_grads: the number $m$ of gradients in the window.
-      damping: the damping $\lambda$, a positive number or a schedule of the gradients taken;
-        ``"relative"`` scaling has its own unit.
+      damping: the damping $\lambda$, a positive number or a schedule of the number of gradients so
+        far; its unit differs under ``"relative"`` scaling.
       momentum: decay rate of an average of the rescaled gradients, in [0, 1).
       window_scaling: ``"nominal"``, ``"filled"`` or ``"relative"``.
       window_dtype: dtype of the window's rows; the params', but float32 or wider, by default.
-      density: the part of each gradient that sparse rows keep, in (0, 1]; None for dense rows.
-      top_k_recall: the part of the largest entries that a TPU must find, in (0, 1]; None for all.
+      density: the fraction of each gradient that sparse rows keep, in (0, 1]; None for dense rows.
+      top_k_recall: the fraction of the largest entries that a TPU must find, in (0, 1]; None for
+        all.
       max_update_norm: bound on the norm of the rescaled gradient.
 
     Returns:
@@ -110,9 +112,9 @@ def scale_by_mfac(
       `curvax.ScaleByMfacState`.
 
     Raises:
-      ValueError: on an argument out of range, at construction; in ``init``, on complex
-        parameters, or a window larger than the device's memory; in ``update``, on gradients
-        that do not match the window.
+      ValueError: at construction, if an argument is out of range; in ``init``, if parameters are
+        complex or the window is larger than the device's memory; in ``update``, if gradients do
+        not match the window.
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax
@@ -231,7 +233,7 @@ def mfac(
     weight_decay: Scalar = 0.0,
     mask: PyTree | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""M-FAC: natural-gradient steps with a window of past gradients, matrix-free.
+    r"""M-FAC: matrix-free natural-gradient steps from a window of past gradients.
 
     With the last $m$ gradients as rows of $G$, the newest, $g_t$, among them,
 
@@ -244,12 +246,12 @@ def mfac(
     \end{aligned}
     $$
 
-    A step takes two passes over the window and the solution of $m$ equations; it needs only the
-    gradient, so it works in any Optax loop that Adam does. Dense rows take $4 m$ bytes a parameter
-    in float32: `curvax.state_bytes` gives the total.
+    A step makes two passes over the window and solves $m$ equations. It needs only the gradient, so
+    it works in any Optax loop where Adam does. Dense rows take $4 m$ bytes a parameter in float32:
+    `curvax.state_bytes` gives the total.
 
-    A gradient that is not finite leaves the state unchanged, and the update is NaN, for
-    ``optax.apply_if_finite`` and monitors to see.
+    A gradient that is not finite leaves the state unchanged; the update is NaN, so that
+    ``optax.apply_if_finite`` and monitoring detect it.
 
     Under ``optax.inject_hyperparams`` the arguments that fix shapes are static:
     ``static_args=("num_grads", "density", "momentum")``. ``optax.MultiSteps`` copies the window
@@ -257,16 +259,16 @@ def mfac(
 
     Args:
       learning_rate: a number or a schedule. A step's length grows with it and with
-        $m / \lVert g_\perp \rVert$, where $g_\perp$ is the part of the gradient that the
-        others in the window do not explain.
+        $m / \lVert g_\perp \rVert$, where $g_\perp$ is the part of the gradient outside the span of
+        the others in the window.
       num_grads: the number $m$ of gradients in the window.
-      damping: the damping $\lambda$, a positive number or a schedule of the gradients taken so
-        far. It is on the scale of squared gradient entries: 1e-6 to 1e-3 is usual. Where
-        gradients vanish, the step is the gradient times ``learning_rate / damping``.
+      damping: the damping $\lambda$, a positive number or a schedule of the number of gradients so
+        far. It is on the scale of squared gradient entries; 1e-6 to 1e-3 is usual. As gradients
+        vanish, the step is the gradient times ``learning_rate / damping``.
       momentum: decay rate $\beta$ of an average of the updates, after preconditioning as
         published and without bias correction, in [0, 1). Heavy-ball momentum is
         ``optax.trace`` in the chain.
-      window_scaling: what the sum of outer products is divided by while the window fills.
+      window_scaling: the divisor of the sum of outer products while the window fills.
 
         * ``"nominal"``: $m$ from the first step, as published: full steps at once.
         * ``"filled"``: the number of gradients in the window, a linear warm-up of the step.
@@ -277,31 +279,32 @@ def mfac(
             u_t = \sqrt q\; G^T (\lambda q I + G G^T)^{-1} e_t .
             $$
 
-            Neither the scale of the loss nor the size of the window changes the step: unrelated
-            gradients give $g_t / \lVert g_t \rVert$ up to $1 + \lambda$, and what the others
-            explain of a gradient is taken out as before. So one damping, 0.1, and rates of 0.1 to
-            0.4 serve different models, and steps do not grow as gradients vanish.
+            The step depends neither on the scale of the loss nor on the size of the window:
+            unrelated gradients give $g_t / \lVert g_t \rVert$ up to $1 + \lambda$, and the part of
+            a gradient that the others explain is removed as before. So a damping of 0.1 and
+            learning rates of 0.1 to 0.4 suit different models, and steps do not grow as gradients
+            vanish.
       window_dtype: dtype of the window's rows: ``"float32"``, ``"bfloat16"``, which halves the
         memory, or ``"float64"``. The params', but float32 or wider, by default.
-      density: the part of each gradient that sparse rows keep, in (0, 1]: its largest entries,
-        by blocks; the rest is added to the next gradient. At 0.01 the window takes 1.5 % of a dense
-        one in float32, 1 % with values of bfloat16. None for dense rows.
-      top_k_recall: with ``density``, the expected part of the largest entries that is found, in
-        (0, 1]; None for all. Below 1 TPUs search faster and keep others in place of those they
-        miss, which are added to the next gradient. CPUs and GPUs find all.
+      density: the fraction of each gradient that sparse rows keep, in (0, 1]: the largest entries
+        of each block; the rest is added to the next gradient. At 0.01 the window takes 1.5 % of a
+        dense float32 one, 1 % with bfloat16 values. None for dense rows.
+      top_k_recall: with ``density``, the expected fraction of the largest entries that is found, in
+        (0, 1]; None for all. Below 1, TPUs search faster and keep other entries in place of those
+        they miss, which are added to the next gradient. CPUs and GPUs find all.
       max_update_norm: bound on the norm of $u_t$.
-      weight_decay: the decoupled decay $\mu$, times the learning rate. In the published code
-        the decay is part of the gradients in the window: for that, put
+      weight_decay: the decoupled weight decay $\mu$, multiplied by the learning rate. The published
+        code adds the decay to the gradients in the window; for that, put
         ``optax.add_decayed_weights`` before `curvax.scale_by_mfac` in a chain.
-      mask: a tree of bools, or a function of params that returns one: which leaves decay.
+      mask: a tree of bools, or a function of params that returns one; True leaves decay.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: on an argument out of range, at construction; in ``init``, on complex
-        parameters, or a window larger than the device's memory; in ``update``, on gradients
-        that do not match the window.
+      ValueError: at construction, if an argument is out of range; in ``init``, if parameters are
+        complex or the window is larger than the device's memory; in ``update``, if gradients do
+        not match the window.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax

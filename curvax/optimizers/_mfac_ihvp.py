@@ -13,7 +13,7 @@ from curvax.optimizers._mfac import ScaleByMfacState, gradient_shapes
 
 
 def mfac_ihvp(state: Any, vector: Tree) -> Tree:
-    r"""The product of M-FAC's inverse Fisher matrix with any vector.
+    r"""Multiplies any vector by M-FAC's inverse Fisher matrix.
 
     With the window $G$, the damping $\lambda$ and the normalizer $n$ of the last step,
 
@@ -22,9 +22,9 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
     \qquad F = \lambda I + \frac1n G^T G
     $$
 
-    where $v = G^T c + r$ with $c = K^{-1} G v$, $K = n \lambda I + G G^T$: the part in the span of
-    the window is not divided by $\lambda$, nor are its errors. What remains is the rounding of
-    $v$ itself: outside the span it is multiplied by $1 / \lambda$. For the newest gradient, the
+    where $v = G^T c + r$ with $c = K^{-1} G v$, $K = n \lambda I + G G^T$: neither the part in the
+    span of the window nor its errors are divided by $\lambda$. The rounding error of $v$ itself
+    remains: outside the span it is multiplied by $1 / \lambda$. For the newest gradient, the
     optimizer's own update is $F^{-1} g$ without that loss.
 
     Args:
@@ -36,8 +36,8 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
       $F^{-1} v$, a tree like ``vector`` with its dtypes. Before the first step, $v / \lambda$.
 
     Raises:
-      ValueError: if the state holds no M-FAC state, or several, naming their paths; if the vector
-        does not match the window.
+      ValueError: if the state holds no M-FAC state or several, or the vector does not match the
+        window.
 
     Example:
       >>> import jax.numpy as jnp, curvax

@@ -11,16 +11,15 @@ from curvax.fisher.window._blocks import Blocks
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
-    """The shardings of ``tx``'s state when each leaf follows its parameter.
+    """Returns shardings of ``tx``'s state such that each leaf follows its parameter.
 
-    A jitted ``init`` under automatic mesh axes loses the parameters' shardings, for Adam as
-    for any optimizer, because zeros depend on nothing. Pass the result to ``jax.jit`` as
+    Under automatic mesh axes a jitted ``init`` loses the parameters' shardings, for Adam as for any
+    optimizer, because zeros do not depend on the parameters. Pass the result to ``jax.jit`` as
     ``out_shardings``, or to a checkpoint library as the target of a restore.
 
-    A leaf of the state with its parameter's shape gets its sharding; one with extra leading axes,
-    as in M-FAC's window, gets it after as many unsharded axes; sparse rows of M-FAC, which have
-    blocks in place of entries, get it for the axes of blocks. Everything else (counts, keys) is
-    replicated.
+    A state leaf with its parameter's shape gets the parameter's sharding. Extra leading axes, as in
+    M-FAC's window, are unsharded. In M-FAC's sparse rows, which have blocks in place of entries,
+    the sharding applies to the axes of blocks. Everything else (counts, keys) is replicated.
 
     Args:
       tx: any Optax transformation.
@@ -30,8 +29,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> o
       A tree like ``tx.init(params)`` with a sharding for each array.
 
     Raises:
-      ValueError: if ``params`` has leaves without a sharding, or none at all; if the blocks of
-        M-FAC's sparse rows do not divide among a leaf's devices.
+      ValueError: if ``params`` has no leaves, or leaves without a sharding; if the blocks of
+        M-FAC's sparse rows cannot be divided evenly among a leaf's devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax

@@ -1,4 +1,4 @@
-r"""AdaHessian's average of squared curvature; each leaf accepts or refuses an estimate.
+r"""AdaHessian's average of squared curvature; each leaf accepts or rejects an estimate.
 
 All leaves share one weight $w$, the average of ones, so that $\hat v = v / w$. A leaf with a
 non-finite estimate averages in its own $\hat v$ instead, which leaves $\hat v$ unchanged whatever
@@ -48,7 +48,7 @@ class SquaredAverage(NamedTuple):
         return jax.tree.map(lambda v: v / weight.astype(v.dtype), self.nu)
 
     def filled(self) -> PyTree:
-        """The same, and the mean of a leaf's other entries where an entry never curved."""
+        """The same, but an entry without observations gets the mean of the leaf's others."""
 
         def leaf(square: jax.Array) -> jax.Array:
             curved = jnp.maximum(count_true(square > 0), 1).astype(square.dtype)

@@ -1,4 +1,4 @@
-"""Hides curvature's arguments from later parts of a chain, such as a line search."""
+"""Hides the curvature arguments from later parts of a chain, such as a line search."""
 
 import inspect
 from typing import Any
@@ -9,16 +9,17 @@ import optax
 def without_curvature(
     search: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps a line search, so that it may follow an optimizer that takes curvature in a chain.
+    """Wraps a line search so that it can follow, in a chain, an optimizer that takes curvature.
 
     ``optax.chain`` passes every extra argument to each of its parts, and Optax's line searches
-    raise on those that their ``value_fn`` does not take. Here ``search`` gets only the extra
-    arguments that its own ``update`` or ``value_fn`` names, and no ``hessian_diag``, ``obj_fn`` or
-    ``refresh``. Its state is unchanged.
+    raise on those that their ``value_fn`` does not take. With this wrapper, ``search`` gets only
+    the extra arguments that its own ``update`` or ``value_fn`` names, and no ``hessian_diag``,
+    ``obj_fn`` or ``refresh``. Its state is unchanged.
 
     Args:
       search: ``optax.scale_by_backtracking_linesearch(...)``,
-        ``optax.scale_by_zoom_linesearch(...)``, or another transformation that refuses arguments.
+        ``optax.scale_by_zoom_linesearch(...)``, or another transformation that rejects extra
+        arguments.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

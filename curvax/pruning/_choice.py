@@ -77,8 +77,8 @@ def _lowest(scores: np.ndarray, number: int) -> np.ndarray:
 
 def _too_dense(wanted: int, left: int) -> ValueError:
     return ValueError(
-        f"min_density keeps more than the sparsity allows: of {wanted} weights to prune it leaves "
-        f"{left}. Lower one of them."
+        f"min_density keeps more weights than the sparsity allows: {wanted} are to be pruned, but "
+        f"only {left} may be. Lower one of the two."
     )
 
 

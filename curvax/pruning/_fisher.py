@@ -8,10 +8,9 @@ $$
 
 so that $\lambda$ cancels in changes of the weights, and is a common factor of saliencies, which are
 left in units of it: every formula is that of a damping of one, whatever the gradients' scale.
-Either $F$ is replaced by its blocks of $B$ consecutive weights,
-each inverted through the smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or
-the second of these is summed over all columns. Where some weights, $Q$, are removed and the kept
-ones, $S$, move:
+Either $F$ is replaced by its diagonal blocks of $B$ consecutive weights, each inverted through the
+smaller of $I + \hat G_b^T \hat G_b$ and $I + \hat G_b \hat G_b^T$, or the latter is summed over all
+columns. Where some weights, $Q$, are removed and the kept ones, $S$, move:
 
 * joint, $F_{SS}^{-1} F_{SQ} w_Q = -F^{-1}_{SQ} (F^{-1}_{QQ})^{-1} w_Q$, which minimizes
   $\frac12 \delta^T F \delta$:
@@ -52,14 +51,14 @@ Kernel = Callable[..., Any]
 
 
 class Answer(NamedTuple):
-    """A vector of alive weights, and how many matrices behind it were too ill conditioned."""
+    """A vector of alive weights, and how many of its matrices were too ill conditioned."""
 
     vector: np.ndarray
     num_failed: int
 
 
 class Model(Protocol):
-    """What pruning asks of a Fisher matrix, in units of damping; vectors are of alive weights."""
+    """What pruning needs from a Fisher matrix, in units of damping, for alive weights."""
 
     def diagonal(self) -> Answer:
         r"""The diagonal of $(I + \hat G^T \hat G)^{-1}$."""
@@ -68,7 +67,7 @@ class Model(Protocol):
         r"""$(I + \hat G^T \hat G)^{-1} v$."""
 
     def joint(self, removed: np.ndarray, kept: np.ndarray) -> Answer:
-        """The best change of the kept weights for the removed values together."""
+        """The best change of the kept weights for all removed values jointly."""
 
 
 class ScaledRows(NamedTuple):
@@ -93,7 +92,7 @@ class ScaledRows(NamedTuple):
         return cls(rows, num_weights, damping)
 
     def block_size(self, wanted: int | None) -> int:
-        """That of blocks; what a device has where weights are fewer, or are to be one block."""
+        """The size of blocks; at most a device's share, which None stands for."""
         share = self.rows.width.share
         return min(wanted or share, share)
 

@@ -1,8 +1,8 @@
-"""Gradients in memory-mapped files, one for each leaf, that a marker makes one collection.
+"""Gradients in memory-mapped files, one per leaf, which a marker file ties together.
 
 No file is ever overwritten: leaves get names that are free in the folder, and the marker of a
 finished collection is replaced in one step, once all gradients are written. Until then another
-marker says what is being written and how far, so that an interrupted call can go on.
+marker records what has been written, so that an interrupted call can resume.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ Marker = dict[str, Any]
 
 
 def load_gradients(folder: Path | str, params: Tree) -> Tree:
-    """The gradients that `collect_gradients` finished in a folder.
+    """Loads the gradients that `collect_gradients` wrote to a folder.
 
     Args:
-      folder: what was ``storage`` there.
-      params: the parameters, or placeholders of them, ``jax.ShapeDtypeStruct``.
+      folder: the ``storage`` passed to `collect_gradients`.
+      params: the parameters, or a tree of ``jax.ShapeDtypeStruct``.
 
     Returns:
       A tree like ``params`` with leaves of shape ``(m, *leaf.shape)``, mapped from the files and
       read-only.
 
     Raises:
-      FileNotFoundError: if no collection is finished in the folder.
-      ValueError: if it is one of other parameters, or a file is damaged.
+      FileNotFoundError: if the folder has no finished collection.
+      ValueError: if the collection belongs to other parameters, or a file is damaged.
 
     Example:
       >>> import pathlib, tempfile
@@ -63,7 +63,7 @@ def load_gradients(folder: Path | str, params: Tree) -> Tree:
         raise FileNotFoundError(_why_none(folder))
     difference = _differing_leaf(marker["leaves"], _describe_leaves(params))
     if difference:
-        raise ValueError(f"the gradients in {folder} are those of other params: {difference}.")
+        raise ValueError(f"the gradients in {folder} belong to other params: {difference}.")
     rows = _map(folder, marker, params, "r")
     return jax.tree.unflatten(jax.tree.structure(params), rows)
 
@@ -191,11 +191,11 @@ def _map(folder: Path, marker: Marker, params: PyTree, mode: Any) -> list[np.mem
         try:
             rows = np.lib.format.open_memmap(file, mode="r")  # "r+" would lengthen a short file
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} is damaged, collect the gradients anew: {error}") from error
+            raise ValueError(f"{file} is damaged, collect the gradients again: {error}") from error
         if rows.shape != shape or rows.dtype != dtype:
             raise ValueError(
-                f"{file} must hold {dtype} of shape {shape}, it holds {rows.dtype} of shape "
-                f"{rows.shape}: collect the gradients anew."
+                f"{file} must hold {dtype} of shape {shape}, but holds {rows.dtype} of shape "
+                f"{rows.shape}: collect the gradients again."
             )
         maps.append(rows if mode == "r" else np.lib.format.open_memmap(file, mode=mode))
     return maps
@@ -231,8 +231,8 @@ def _check_same(folder: Path, found: Marker, wanted: Marker) -> None:
     if differences:
         raise ValueError(
             f"{folder} holds {found['written']} of {found['num_grads']} gradients of another "
-            f"collection: {'; '.join(differences)}. Finish it by the call that began it, choose "
-            f"another folder, or give it up: remove {UNFINISHED} and the files that it names."
+            f"collection: {'; '.join(differences)}. Finish it with the call that began it, choose "
+            f"another folder, or discard it: remove {UNFINISHED} and the files that it names."
         )
 
 
@@ -246,15 +246,15 @@ def _differing_leaf(found: list[str], wanted: list[str]) -> str:
 def _why_none(folder: Path) -> str:
     marker = _read(folder / UNFINISHED)
     if marker is None:
-        return f"{folder} holds no gradients: pass the storage of a call of collect_gradients."
+        return f"{folder} holds no gradients: pass the storage of a collect_gradients call."
     return (
         f"{folder} holds {marker['written']} of {marker['num_grads']} gradients: call "
-        "collect_gradients as before to finish them."
+        "collect_gradients again with the same arguments to finish."
     )
 
 
 def _remove(folder: Path, marker: Marker) -> None:
-    """Removes what is unfinished."""
+    """Removes an unfinished collection."""
     for name in marker["files"]:
         (folder / name).unlink(missing_ok=True)
     (folder / UNFINISHED).unlink()
@@ -268,7 +268,7 @@ def _read(file: Path) -> Marker | None:
     except ValueError:
         marker = None
     if not isinstance(marker, dict) or marker.get("content") != _CONTENT:
-        raise ValueError(f"{file} is not by collect_gradients, or damaged: choose another folder.")
+        raise ValueError(f"{file} is damaged or not from collect_gradients: choose another folder.")
     # They are opened, and removed: a marker from elsewhere must not reach outside its folder.
     if any(name in ("", "..") or Path(name).name != name for name in marker["files"]):
         raise ValueError(f"{file} names files outside its folder: choose another folder.")

@@ -35,37 +35,36 @@ def collect_gradients(
     storage: Storage | Path = "device",
     progress: bool = False,
 ) -> Tree:
-    r"""The gradients of a loss on ``num_grads`` batches, or examples.
+    r"""Collects the gradients of a loss on ``num_grads`` batches or examples.
 
-    The gradient is compiled once and called from the host: the gradients of convolutions run
-    several times slower inside a scan on XLA's CPU backend. ``loss_fn`` should be the loss in
+    The gradient is compiled once and called from the host, because the gradients of convolutions
+    run several times slower inside a scan on XLA's CPU backend. ``loss_fn`` should be the loss in
     evaluation mode: without dropout, and with the running statistics of batch normalization.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch. As under ``jax.jit``,
-        what it closes over is as in its first call: what changes, such as batch statistics that are
-        still updated, must be in ``batches``.
+        it sees the values that it closed over at its first call: pass what changes, such as batch
+        statistics that are still updated, in ``batches``.
       params: the parameters. Integer and bool leaves get zeros.
       batches: an iterable of the further arguments of ``loss_fn``: for each batch a tuple or list
         of them, or a single one that is neither. Arrays in them have the examples along the first
         axis; scalars belong to all examples.
       num_grads: the number of gradients $m$.
-      per_example: whether each example gives a gradient, rather than each batch. Means over
+      per_example: whether to take one gradient per example rather than per batch. Means over
         batches, as published, are less noisy and cheaper; gradients of examples give a Fisher
-        matrix of the Hessian's scale.
-      micro_batch_size: how many examples are differentiated together, to bound memory: the mean
-        over a batch is summed over parts of that size, and ``per_example`` differentiates as many
-        under ``vmap``, by default one at a time. A ``vmap`` takes 0.6 to 0.8 of the time,
-        convolutions on a CPU included, for the memory of as many gradients.
+        matrix on the Hessian's scale.
+      micro_batch_size: the number of examples differentiated together, to bound memory. The mean
+        over a batch is summed over parts of that size; ``per_example`` differentiates that many
+        under ``vmap``, one at a time by default. A ``vmap`` takes 0.6 to 0.8 of the time,
+        convolutions on a CPU included, but the memory of that many gradients.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
       mask: a tree of bool like ``params``; gradients are zero where it is False.
       storage: ``"device"`` keeps the rows on the parameters' devices with their shardings,
         ``"host"`` in the host's memory; a folder, as a ``pathlib.Path``, in memory-mapped files,
-        one for each leaf, whose space is reserved first. A call that was interrupted is resumed by
-        the same call with the same batches from the first on: those whose gradients are written
-        are passed over without differentiation. Gradients that were finished there earlier, for
-        `load_gradients`, are replaced when all new ones are written; rows still mapped from them
-        are unchanged.
+        one per leaf, whose space is reserved first. To resume an interrupted call, repeat it with
+        all of the same batches: those whose gradients are already written are skipped. An earlier
+        finished collection in the folder is replaced once all new gradients are written; rows still
+        mapped from it are unchanged.
       progress: whether a progress bar is shown, by tqdm where that is installed.
 
     Returns:
@@ -109,8 +108,8 @@ def collect_gradients(
 def too_few(found: int, wanted: int) -> ValueError:
     """The error where batches end early."""
     return ValueError(
-        f"batches gave {found} gradients, num_grads={wanted} asks for more: pass more "
-        "data, lower num_grads, or pass an iterable that restarts (a list, not an iterator)."
+        f"batches gave {found} gradients, but num_grads={wanted}: pass more data, lower "
+        "num_grads, or pass an iterable that restarts (a list, not an iterator)."
     )
 
 

@@ -27,20 +27,20 @@ def prune_gradually(
     r"""Prunes to each of several sparsities in turn, with fine-tuning after each.
 
     Args:
-      loss_fn: as `prune_one_shot` takes it, like ``params``, ``batches``, ``mask`` and the options.
-      params: see there.
-      batches: see there.
-      sparsities: the targets, from `polynomial_sparsities` for example.
+      loss_fn: as in `prune_one_shot`.
+      params: as in `prune_one_shot`.
+      batches: as in `prune_one_shot`.
+      sparsities: the targets, for example from `polynomial_sparsities`.
       fine_tune: ``fine_tune(params, mask) -> params``, any training loop that keeps pruned weights
-        at zero, with `keep_pruned`.
-      mask: see there.
-      **options: see there.
+        at zero (with `keep_pruned`).
+      mask: as in `prune_one_shot`.
+      **options: as in `prune_one_shot`.
 
     Returns:
       The result of the last step, with the fine-tuned parameters.
 
     Raises:
-      ValueError: as `prune_one_shot` does; if there are no sparsities; if ``fine_tune`` returns a
+      ValueError: as in `prune_one_shot`; if there are no sparsities, or ``fine_tune`` returns a
         pruned weight that is not zero.
 
     Example:

@@ -35,19 +35,20 @@ class KeepPrunedState(NamedTuple):
 def keep_pruned(
     mask: PyTree, inner: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A transformation that keeps pruned weights at zero during ordinary fine-tuning.
+    r"""Keeps pruned weights at zero during ordinary fine-tuning.
 
-    With ``inner``, an optimizer is wrapped: it sees gradients, ``hessian_diag`` and ``obj_fn`` with
-    zeros at the pruned weights, so that its moments, window and curvature depend on kept weights
-    only, and the update of a pruned weight $w$ is $-w$: it is zero afterwards, whatever was added
-    in between (exactly, if updates have the parameters' dtype). So is what the optimizer keeps for
-    it, further copies of the weights as in ``optax.contrib.schedule_free`` included. Without
-    ``inner`` the transformation only makes pruned weights zero: put it at the end of a chain, not
-    before an optimizer, which would scale $-w$ like a gradient.
+    With ``inner`` it wraps an optimizer, which sees gradients, ``hessian_diag`` and ``obj_fn`` with
+    zeros at the pruned weights, so that its moments, window and curvature depend only on kept
+    weights. The update of a pruned weight $w$ is $-w$, so the weight is zero afterwards, whatever
+    was added in between (exactly, if updates have the parameters' dtype). The optimizer's own
+    entries for it are zero too, including further copies of the weights as in
+    ``optax.contrib.schedule_free``. Without ``inner`` the transformation only makes pruned weights
+    zero: put it at the end of a chain, not before an optimizer, which would scale $-w$ like a
+    gradient.
 
     Args:
-      mask: a tree of bool like the params, True for the weights that are kept. Leaves with a scalar
-        True, as in the masks that pruning returns, are passed on and cost nothing.
+      mask: a tree of bool like the params, True for the weights that are kept. Leaves whose mask is
+        a scalar True, as in the masks that pruning returns, are passed through at no cost.
       inner: the optimizer to wrap.
 
     Returns:

@@ -1,7 +1,7 @@
 """What an optimizer sees of a network without its pruned weights.
 
-A mask is a tree like the params, True for weights that are kept. A scalar stands for a leaf of
-which nothing is pruned: it is passed on, and costs nothing.
+A mask is a tree like the params, True for weights that are kept. A scalar stands for a leaf that is
+never pruned: it is passed through at no cost.
 """
 
 import functools

@@ -75,51 +75,51 @@ def prune_on_schedule(
     regrow: Sparsity | None = None,
     key: jax.Array | int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Prunes during training, by step count and wholly inside the compiled step.
+    r"""Prunes during training on a schedule, entirely inside the compiled step.
 
-    At each step $t$ that ``update_interval`` divides, a new mask is computed from what ``update``
-    is given: the params before the step, their gradients, and the optimizer's moments after the
-    step before. The weights of lowest score are pruned until $\lfloor s_t N \rfloor$ of $N$ are;
-    of equal scores, the first in the tree's order. The mask applies to that very step. Pruned
-    weights stay pruned unless ``regrow`` is given, so a falling $s_t$ has no effect. With gradients
-    of the selected leaves that are not finite, the mask stays as it is until the next interval.
+    At each step $t$ divisible by ``update_interval``, a new mask is computed from the params before
+    the step, their gradients, and the optimizer's moments after the previous step. The weights with
+    the lowest scores are pruned until $\lfloor s_t N \rfloor$ of $N$ are; ties go to the first in
+    the tree's order. The mask applies from that step on. Pruned weights stay pruned unless
+    ``regrow`` is given, so a falling $s_t$ has no effect. If gradients of the selected leaves are
+    not finite, the mask is unchanged until the next interval.
 
     The optimizer sees gradients, ``hessian_diag`` and ``obj_fn`` with zeros at the pruned weights,
-    as with `keep_pruned`, and the update of a pruned weight $w$ is $-w$: it is zero afterwards, and
-    without ``regrow`` so is what the optimizer keeps for it, such as the copy of the weights of
-    ``optax.contrib.schedule_free``. The mask is read with ``optax.tree.get(state, "mask")``. What
-    keeps a copy of the weights outside, such as ``optax.lookahead``, brings pruned ones back: set
-    them to zero in what you evaluate, with the mask.
+    as with `keep_pruned`. The update of a pruned weight $w$ is $-w$, so the weight is zero
+    afterwards; without ``regrow`` so are the optimizer's entries for it, such as the copy of the
+    weights in ``optax.contrib.schedule_free``. Read the mask with ``optax.tree.get(state,
+    "mask")``. A wrapper outside that keeps a copy of the weights, such as ``optax.lookahead``,
+    brings pruned ones back: apply the mask to the weights that you evaluate.
 
     A new mask takes up to 31 passes over the scores (62 where many are equal) and temporary memory
     of about 12 bytes a weight; nothing is sorted, and on a mesh devices only exchange counts.
-    All other steps just apply the mask. Leaves that are not selected cost nothing.
+    All other steps only apply the mask. Leaves that are not selected cost nothing.
 
     Args:
-      sparsity: the share of pruned weights among those of the selected leaves, in [0, 1), or an
-        Optax schedule of it; or a mapping of patterns, which ``re.search`` finds in a leaf's path,
-        to these: the leaves of each pattern are a group of their own, others are not pruned.
+      sparsity: the fraction of weights to prune in the selected leaves, in [0, 1), or an Optax
+        schedule of it; or a mapping from path patterns (``re.search``) to these. The leaves of each
+        pattern form a group; leaves that match none are not pruned.
       inner: the optimizer to wrap.
-      update_interval: the number of steps from one mask to the next.
+      update_interval: the number of steps between new masks.
       method: the score. "magnitude" is $|w|$; "saliency" $|w g|$ with the gradient of the step;
         "fisher" $w^2 \nu$ with the mean squared gradients ``nu`` in the state of Adam or RMSProp;
         "hessian" $w^2 \sqrt{\nu}$, Optimal Brain Damage with the mean squared curvature in that of
         AdaHessian; "random" a random number. While the moments are all zero, as at the first step,
-        the mask stays as it is.
+        the mask is unchanged.
       select: a function of path and leaf that chooses the leaves to prune.
       distribution: "global" compares the weights of all leaves; "uniform" gives each leaf the
         sparsity; "erk" (Erdős-Rényi-Kernel) gives it the density
         $\epsilon (n_{in} + n_{out} + h + w) / (n_{in} n_{out} h w)$, at most 1, with the
         $\epsilon$ at which all leaves together have the sparsity.
-      min_density: the share of each leaf's weights that is kept in any case, rounded up.
+      min_density: the minimum fraction of each leaf's weights to keep, rounded up.
       structure: ``NM(n, m)``: the n weights of highest score in each m consecutive ones along the
         fan-in are never pruned, so that a schedule ending at $1 - n/m$ ends with N:M sparsity.
-        Leaves that cannot hold it are not pruned, and named in a warning at ``init``.
-      layout: what the axes of leaves are, for "erk" and ``structure``.
-      regrow: a share, or a schedule of it, as in RigL: each new mask also drops this share of the
-        kept weights, those of lowest score, and brings back as many pruned ones, those of largest
-        $|g|$, which start from zero, or stay if they were dropped just now. A share of 0 changes
-        nothing.
+        Leaves that do not fit the structure are not pruned; a warning at ``init`` lists them.
+      layout: the roles of the leaves' axes, for "erk" and ``structure``.
+      regrow: a fraction, or a schedule of it, as in RigL: each new mask also drops this fraction of
+        the kept weights, those with the lowest scores, and brings back as many pruned ones, those
+        with the largest $|g|$. These start from zero, or keep their value if they were dropped by
+        this mask. A fraction of 0 changes nothing.
       key: a PRNG key or a seed for the method "random".
 
     Returns:
@@ -127,9 +127,9 @@ def prune_on_schedule(
       the callable ``select`` in ``static_args``.
 
     Raises:
-      ValueError: if an argument is out of its range, or a sparsity in the end above what
-        ``structure`` or ``min_density`` allow; at ``init``, if no leaf is selected or none holds
-        ``structure``, or the optimizer has no second moments.
+      ValueError: if an argument is out of range, or a final sparsity exceeds what ``structure`` or
+        ``min_density`` allow; at ``init``, if no leaf is selected or none fits ``structure``, or
+        the optimizer has no second moments.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -325,8 +325,8 @@ def _moments(method: Method, plan: Plan, inner_state: PyTree) -> list[jax.Array]
     for leaf in plan.leaves:
         if leaf.path not in found or found[leaf.path].shape != leaf.shape:
             raise ValueError(
-                f"method={method!r} needs the second moments of {leaf.path} in the state of inner, "
-                "in a tree nu like the params, as optax.adam or curvax.adahessian keep them, and "
-                "found none: wrap such an optimizer, or use method='saliency'."
+                f"method={method!r} needs second moments in the state of inner, a tree nu like the "
+                f"params as in optax.adam or curvax.adahessian, but found none for {leaf.path}: "
+                "wrap such an optimizer, or use method='saliency'."
             )
     return [found[leaf.path] for leaf in plan.leaves]

@@ -48,38 +48,37 @@ def prune_one_shot(
     progress: bool = False,
     **options: Unpack[PruneOptions],
 ) -> PruneResult[Tree]:
-    r"""Prunes without fine-tuning, in several steps with fresh gradients for each.
+    r"""Prunes without fine-tuning, in several steps with new gradients for each.
 
-    Densities fall geometrically (`geometric_sparsities`) from the current ones; for each step
-    `collect_gradients` takes gradients at the current weights, and `prune` removes the next ones.
+    Densities fall geometrically (`geometric_sparsities`) from the current ones. In each step
+    `collect_gradients` computes gradients at the current weights, and `prune` removes weights.
     Magnitudes need no gradients, so ``method="magnitude"`` takes a single step. Gradients stay on
-    the devices, in one buffer for all steps, and what is computed with them is compiled once.
+    the devices, in one buffer for all steps, and computations with them are compiled once.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, in evaluation mode.
       params: the parameters.
-      batches: as `collect_gradients` takes it. It is iterated again for each step; an iterator
-        continues where it stopped. Or a function of the current params that returns one: with
-        batch normalization, the running statistics, estimated anew, are then among the batches (see
+      batches: as in `collect_gradients`, iterated again for each step (an iterator continues where
+        it stopped); or a function of the current params that returns such an iterable. With batch
+        normalization, such a function can put re-estimated running statistics into the batches (see
         `reestimate_statistics`).
-      sparsity: as `prune` takes it.
-      recomputations: the number of steps; with more, the model of the loss stays accurate.
-      num_grads: the number of gradients for each step; by default 64, or as many as the batches
-        give.
-      mask: the weights that are unpruned, as `prune` takes it.
-      per_example: as `collect_gradients` takes it, like the options that follow.
-      micro_batch_size: see there.
-      has_aux: see there.
-      storage: see there.
+      sparsity: as in `prune`.
+      recomputations: the number of steps; more steps keep the model of the loss accurate.
+      num_grads: the number of gradients per step; by default 64, or as many as the batches give.
+      mask: the unpruned weights, as in `prune`.
+      per_example: as in `collect_gradients`.
+      micro_batch_size: as in `collect_gradients`.
+      has_aux: as in `collect_gradients`.
+      storage: as in `collect_gradients`.
       progress: whether a progress bar is shown, by tqdm where that is installed.
-      **options: the further options of `prune`: ``method``, ``update``, ``select``,
-        ``distribution``, ``structure``, ``damping``, ``block_size`` and so on.
+      **options: further options of `prune`: ``method``, ``update``, ``select``, ``distribution``,
+        ``structure``, ``damping``, ``block_size`` and so on.
 
     Returns:
       The result of the last step; its predicted loss change is the sum over the steps.
 
     Raises:
-      ValueError: as `prune` and `collect_gradients` do.
+      ValueError: as in `prune` and `collect_gradients`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -200,7 +199,7 @@ class _Source:
             raise too_few(found, self._num_grads or 1)
         if self._num_grads is None and found < _FEW:
             warnings.warn(
-                f"batches gave {found} gradients, which say little about the weights: pass smaller "
-                "batches, more of them, or per_example=True.",
+                f"batches gave only {found} gradients, too few to rank the weights well: pass "
+                "more or smaller batches, or per_example=True.",
                 stacklevel=4,
             )

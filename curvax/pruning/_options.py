@@ -90,8 +90,8 @@ class Options:
             )
         if self.min_density and isinstance(self.structure, OutputUnits) and self.structure.coupled:
             raise ValueError(
-                "min_density keeps a share of each leaf, and coupled units are in several leaves: "
-                "leave one of them out."
+                "min_density keeps a fraction of each leaf, but coupled units span several leaves: "
+                "use one or the other."
             )
         if self.method == "greedy" and (self.block_size is None or self.structure is not None):
             raise ValueError(

@@ -73,11 +73,11 @@ def check_share(name: str, value: Sparsity, most: float = 1.0, advice: str = "")
                 continue
             if not 0 <= reached <= 1:
                 raise ValueError(
-                    f"{name} must be in [0, 1] at each count, got {reached} at {count}: let the "
-                    "schedule end at a share, as optax.polynomial_schedule does."
+                    f"{name} must be in [0, 1] at each count, got {reached} at {count}: use a "
+                    "schedule that stays in that range, such as optax.polynomial_schedule."
                 )
             if reached > most + 1e-6 or (reached == 1 and advice):
-                raise ValueError(f"{name} must not come to {reached}: {advice}")
+                raise ValueError(f"{name} must not reach {reached}: {advice}")
 
 
 def check_sparsity(
@@ -100,14 +100,14 @@ def check_sparsity(
 
 
 def check_nm(structure: NM | None, distribution: Distribution, regrow: Sparsity | None) -> None:
-    """Raises unless the structure is valid, and goes with the other arguments."""
+    """Raises unless the structure is valid and compatible with the other arguments."""
     if structure is None:
         return
     if not isinstance(structure, NM):
         raise ValueError(f"structure must be None or NM(n, m), got {structure!r}.")
     check_structure(structure, distribution)
     if regrow is not None:
-        raise ValueError("regrow breaks the groups of NM(n, m): leave one of them out.")
+        raise ValueError("regrow breaks the groups of NM(n, m): use one or the other.")
 
 
 def pattern_of(name: str, sparsity: Sparsity | Mapping[str, Sparsity]) -> str | None:
@@ -146,8 +146,8 @@ def targets(
 def _check_totals(totals: Sequence[int]) -> None:
     if max(totals, default=0) >= 2**31:
         raise ValueError(
-            f"weights that are compared with each other are counted up to 2^31, got {max(totals)}: "
-            "use distribution='uniform', or give parts of the params a sparsity each by patterns."
+            f"at most 2^31 weights can be compared with each other, got {max(totals)}: use "
+            "distribution='uniform', or patterns that give parts of the params their own sparsity."
         )
 
 
@@ -185,8 +185,8 @@ def chosen_names(rule: Rule, params: PyTree) -> set[str]:
         for pattern in rule.sparsity:
             if pattern not in used:
                 raise ValueError(
-                    f"sparsity's pattern {pattern!r} is the first to match no selected leaf: "
-                    f"correct it or leave it out; the paths are: {paths}."
+                    f"sparsity's pattern {pattern!r} is the first match of no selected leaf: "
+                    f"correct or remove it; the paths are: {paths}."
                 )
     for name, leaf in chosen:
         dtype = jnp.result_type(leaf)
@@ -201,11 +201,11 @@ def _fitting(rule: Rule, leaves: list[Leaf]) -> set[str]:
     unfit = {leaf.path: reason for leaf in leaves if (reason := why_unfit(leaf, rule.structure))}
     listed = "; ".join(f"{path}: {reason}" for path, reason in unfit.items())
     if unfit and len(unfit) == len(leaves):
-        raise ValueError(f"no chosen leaf can hold {rule.structure}: {listed}.")
+        raise ValueError(f"no selected leaf fits {rule.structure}: {listed}.")
     if unfit:
         warnings.warn(
-            f"chosen leaves cannot hold {rule.structure} and are not pruned: {listed}. Leave them "
-            "out with select.",
+            f"selected leaves do not fit {rule.structure} and are not pruned: {listed}. Exclude "
+            "them with select.",
             stacklevel=5,
         )
     return {leaf.path for leaf in leaves} - unfit.keys()

@@ -65,52 +65,52 @@ def prune(
     | ``"independent"`` | $-F^{-1} t$, $t_q = w_q / [F^{-1}]_{qq}$: as published |
     | ``"none"`` | nothing |
 
-    The matrix is that of blocks of ``block_size`` consecutive weights, counted over the unpruned
-    ones, those of an output unit one after the other. A unit of several weights (``structure``) has
-    the mean of its weights' scores. The choice is made on the host, where scores are gathered.
+    $F$ is block-diagonal, with blocks of ``block_size`` consecutive unpruned weights; the weights
+    of an output unit are consecutive. A unit of several weights (``structure``) has the mean of its
+    weights' scores. Scores are gathered on the host, where the weights are chosen.
 
     Args:
       params: the parameters, a tree of arrays.
       grads: gradients of the loss, a tree of ``(m, *leaf.shape)`` like `collect_gradients`
         returns; None for a method and an update that need none.
-      sparsity: the share of zeros among the weights of the selected leaves afterwards, in [0, 1),
-        including those already pruned by ``mask``; a mapping of patterns (``re.search`` on paths)
-        to sparsities, where leaves that match none are not pruned, though an update may change
-        them; or None, like $1 - n/m$ for N:M, to bring every group down to N of M, whatever the
-        resulting sparsity.
+      sparsity: the final fraction of zeros among the weights of the selected leaves, in [0, 1),
+        including those already pruned by ``mask``; a mapping from path patterns (``re.search``) to
+        sparsities, where leaves that match none are not pruned, though an update may change them;
+        or for N:M, None or $1 - n/m$, to prune every group to N of M, whatever the resulting
+        sparsity.
       method: the scores, see above.
       update: the update of the kept weights, see above.
       mask: the unpruned weights, a tree of bool like ``params``, where a scalar stands for a whole
-        leaf; None for all. That of a network pruned earlier is `mask_of_zeros`.
+        leaf; None for all. Use `mask_of_zeros` for a network pruned earlier.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
-      distribution: how the sparsity is met. ``"global"`` compares the scores of all leaves,
-        ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to
-        $\sum_k n_k / \prod_k n_k$ of a kernel's sizes $n_k$.
-      min_density: the share of each layer's weights that is kept in any case, rounded up. A layer
-        is a leaf, or a member of a leaf that stacks several.
-      normalize_scores: whether scores are divided by their mean in each layer, before layers are
+      distribution: how the sparsity is distributed. ``"global"`` compares the scores of all leaves,
+        ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to $\sum_k n_k
+        / \prod_k n_k$ of a kernel's sizes $n_k$.
+      min_density: the minimum fraction of each layer's weights to keep, rounded up. A layer is a
+        leaf, or a member of a stacked leaf.
+      normalize_scores: whether to divide scores by their mean in each layer before layers are
         compared.
-      structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`. Leaves that cannot
-        hold it are passed over, and listed in the result.
-      layout: what the axes of a leaf are, as `curvax.adahessian` takes it.
+      structure: None for single weights, `NM`, `WeightBlocks` or `OutputUnits`. Leaves that do not
+        fit it are skipped, and listed in the result.
+      layout: the roles of a leaf's axes, as in `curvax.adahessian`.
       damping: $\lambda$, in units of the mean of the diagonal of $G^T G / m$.
-      relative_damping: whether it is in these units; with False it is $\lambda$ itself, as
+      relative_damping: whether ``damping`` is in these units; if False, it is $\lambda$ itself, as
         published.
       block_size: the size of the blocks of $F$; None for the full matrix.
       fisher_diag: for ``method="fisher"``, the diagonal $F_{ii}$ itself in place of gradients, a
         tree like ``params`` or the part of it that is pruned: the second moments of an optimizer,
         ``optax.tree.get(state, "nu")``.
-      mesh: devices over which the blocks are spread; by default those of sharded params.
+      mesh: the devices over which to spread the blocks; those of sharded params by default.
       key: for ``method="random"``, a PRNG key or an integer seed.
 
     Returns:
       The pruned parameters, their mask, sparsities and the predicted loss change.
 
     Raises:
-      ValueError: if an option is out of range, ``select`` chooses nothing or nothing that holds the
-        structure, one array is two leaves, ``mask`` or ``grads`` do not match ``params``, gradients
-        are missing, anything is not finite, or ``sparsity`` is below the current one, above what
-        the structure allows or so high that nothing would be left.
+      ValueError: if an option is out of range, ``select`` chooses nothing or nothing that fits the
+        structure, two leaves are the same array, ``mask`` or ``grads`` do not match ``params``,
+        gradients are missing, anything is not finite, or ``sparsity`` is below the current one,
+        above what the structure allows or so high that nothing would be left.
 
     Warns:
       UserWarning: if a layer loses all of its weights, if many weights are zero and no mask is
@@ -146,8 +146,8 @@ def prune(
     )
     if fisher_diag is not None and (method != "fisher" or grads is not None):
         raise ValueError(
-            "fisher_diag stands in for the grads of method='fisher', got it with "
-            f"method={method!r} and grads={'None' if grads is None else 'given'}: leave one out."
+            "fisher_diag replaces grads and needs method='fisher', got "
+            f"method={method!r} and grads={'None' if grads is None else 'given'}: pass one of them."
         )
     target = options.target(sparsity)
     weights, skipped = selection_of(params, mask, select, structure, layout)
@@ -191,7 +191,7 @@ def prune_step(
       weights: the weights.
       rows: gradients of the alive ones; None for methods that need none.
       targets: how many to prune.
-      options: as `prune` takes them.
+      options: as in `prune`.
       number: of the step in a run, for random scores.
       given: the diagonal of a Fisher matrix, in place of that of the gradients.
     """

@@ -39,14 +39,15 @@ class PruneResult(NamedTuple, Generic[Tree]):
       params: the parameters; pruned weights of the selected leaves are exactly zero.
       mask: a tree of bool like ``params``, True for what is kept; leaves that were not pruned
         keep the given mask, or have a scalar True, which costs nothing.
-      layers: the leaves that are pruned, in the tree's order.
-      skipped: chosen leaves that cannot hold the structure, with the reason.
+      layers: the pruned leaves, in the tree's order.
+      skipped: selected leaves that do not fit the structure, with the reason.
       num_other: the number of kept weights in all other leaves.
-      predicted_loss_change: the rise of the loss by the quadratic model of the given gradients,
-        summed over recomputations; None without gradients. Its scale is right for gradients of
-        single examples: with means over batches of $b$ the quadratic part is smaller by $b$.
-      num_failed: how many blocks of the Fisher matrix were too ill conditioned for their dtype; at
-        most in one step.
+      predicted_loss_change: the increase of the loss that the quadratic model from the gradients
+        predicts, summed over recomputations; None without gradients. Its scale is right for
+        gradients of single examples; with means over batches of $b$ examples the quadratic part is
+        smaller by a factor of $b$.
+      num_failed: the number of blocks of the Fisher matrix too ill conditioned for their dtype; the
+        maximum over steps.
     """
 
     params: Tree
@@ -59,7 +60,7 @@ class PruneResult(NamedTuple, Generic[Tree]):
 
     @property
     def sparsity(self) -> float:
-        """The overall share of zeros in the pruned leaves."""
+        """The overall fraction of zeros in the pruned leaves."""
         return self._total().sparsity
 
     @property
@@ -86,7 +87,7 @@ class PruneResult(NamedTuple, Generic[Tree]):
         return LayerSparsity("total", size, sum(layer.kept for layer in self.layers))
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Bars of the sparsity of each pruned leaf.
+        """Plots the sparsity of each pruned leaf as bars.
 
         Args:
           ax: axes of matplotlib to draw on; by default those of a new figure.
@@ -123,8 +124,8 @@ def result_of(
         name for name, span in weights.members() if not weights.alive[span].any()
     ):
         warnings.warn(
-            f"pruning left no weight in {empty}, which cuts the network: set min_density, or "
-            "another distribution of the sparsity than 'global'.",
+            f"pruning left no weights in {empty}, which disconnects the network: set min_density, "
+            "or a distribution other than 'global'.",
             stacklevel=3,
         )
     if num_failed:

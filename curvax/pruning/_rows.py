@@ -1,8 +1,8 @@
 """Gradients of the alive weights, side by side in chunks of one width.
 
 The columns of pruned weights are left out, so that blocks hold as many alive weights at every
-sparsity, as published; columns of zeros fill the last chunk. The number of weights thus changes how
-many chunks there are, and not what is compiled for them.
+sparsity, as published; columns of zeros fill the last chunk. So the number of weights changes the
+number of chunks, not the compiled functions.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ class DeviceRows:
         self.begin(weights)
 
     def begin(self, weights: Weights) -> None:
-        """Starts anew, with the weights that are alive now."""
+        """Starts over with the weights that are alive now."""
         order = np.full(self.width.number * self.width.chunk, len(weights.alive), np.int32)
         order[: weights.number_alive] = np.flatnonzero(weights.alive)
         self._order = jax.device_put(order, self.width.sharding())

@@ -1,4 +1,4 @@
-"""Marks exactly the k smallest of many numbers, with a k that only the running program knows.
+"""Marks exactly the k smallest of many numbers, for a k known only at run time.
 
 Nothing is sorted: the cut-off is found bit by bit, and each bit takes one pass that counts the
 numbers below a bound. Shapes are fixed, the arrays are read where they lie, and on a mesh only

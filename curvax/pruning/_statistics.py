@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization, estimated anew for weights that have changed."""
+"""Re-estimates running statistics of batch normalization for changed weights."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,23 +15,23 @@ from curvax.curvature._compiled import compiled_once
 def reestimate_statistics(
     update_statistics: Callable[..., Any], params: PyTree, statistics: Tree, batches: Iterable[Any]
 ) -> Tree:
-    r"""The statistics of batch normalization for the weights of now: means over batches.
+    r"""Re-estimates batch-normalization statistics for the current weights: means over batches.
 
-    Pruning changes what a layer gets, and running statistics of the dense network then ruin the
+    Pruning changes the inputs of a layer, so running statistics of the dense network ruin the
     pruned one. A step of training replaces statistics $s$ by $\mu s + (1 - \mu) b$ with those of
     the batch, $b$; with the usual $\mu = 0.99$ a hundred batches would leave a third of the old
-    ones. Here $\mu$ and $b$ are read off from calls with other $s$, and the result is the mean of
-    $b$ over the batches, whatever $\mu$ is. What is no such mean, the vector of a spectral
-    normalization for instance, goes on from batch to batch as in training.
+    ones. Here $\mu$ and $b$ are inferred from calls with different $s$, and the result is the mean
+    of $b$ over the batches, whatever $\mu$ is. Statistics that are not such means, for example the
+    vector of spectral normalization, are carried from batch to batch as in training.
 
     Args:
       update_statistics: ``(params, statistics, *arguments) -> statistics``, a forward pass in
-        training mode, compiled once. As under ``jax.jit``, what it closes over is as in its first
-        call.
+        training mode, compiled once. As under ``jax.jit``, it sees the values that it closed over
+        at its first call.
       params: the weights.
-      statistics: the present ones, a tree; Linen's ``variables["batch_stats"]``, or NNX's state of
-        ``nnx.BatchStat``.
-      batches: the arguments, as `collect_gradients` takes them; a few thousand examples suffice.
+      statistics: the current statistics, a tree; Linen's ``variables["batch_stats"]``, or NNX's
+        state of ``nnx.BatchStat``.
+      batches: the arguments, as in `collect_gradients`; a few thousand examples suffice.
 
     Returns:
       A tree like ``statistics``. Integers, and what the pass does not change, are returned as they
@@ -60,7 +60,7 @@ def reestimate_statistics(
             _moved(own if mean is None else mean, own, latest, are_means, number)
         )
     if mean is None:
-        raise ValueError("batches must hold at least one batch to estimate statistics from.")
+        raise ValueError("batches must hold at least one batch.")
     return jax.tree.map(
         lambda old, new: jnp.asarray(new, jnp.result_type(old)) if is_inexact(old) else old,
         statistics,

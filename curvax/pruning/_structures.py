@@ -1,4 +1,4 @@
-"""The units of pruning, and the leaves that hold them: N of M, blocks of weights, whole outputs."""
+"""The units of pruning, and the leaves that fit them: N:M, blocks of weights, whole outputs."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class NM(NamedTuple):
 
     Attributes:
       n: how many are kept.
-      m: the length of a group; leaves whose axis it does not divide are not pruned.
-      axis: the axis, for leaves of any rank; None for the fan-in, the last axis of it.
+      m: the length of a group; leaves whose axis is not divisible by it are not pruned.
+      axis: the axis of the groups, for leaves of any rank; None for the last fan-in axis.
     """
 
     n: int
@@ -33,20 +33,20 @@ class WeightBlocks(NamedTuple):
 
     Attributes:
       size: the number of weights along the fan-in, or the numbers along fan-in and fan-out; leaves
-        whose axes they do not divide are not pruned.
+        whose axes are not divisible by them are not pruned.
     """
 
     size: int | tuple[int, int]
 
 
 class OutputUnits(NamedTuple):
-    """Pruning all weights of an output unit, a Flax kernel's column, a PyTorch weight's row.
+    """Pruning all weights of an output unit: a column of a Flax kernel, a row of a PyTorch weight.
 
     Attributes:
-      coupled: groups of leaves that lose a unit together; with them no other leaf is pruned. A
-        group is a tuple of paths: of what has the unit as an output (kernels, biases, scales), and,
-        marked ``"path:in"``, of kernels that read it. Where a kernel reads a multiple of the units,
-        as behind a flattening, the unit is the fastest of its inputs.
+      coupled: groups of leaves that lose a unit together; no other leaf is then pruned. A group is
+        a tuple of paths of the leaves that have the unit as an output (kernels, biases, scales)
+        and, marked ``"path:in"``, of the kernels that read it. If a kernel reads a multiple of the
+        units, as after flattening, the unit is the fastest-varying input index.
     """
 
     coupled: tuple[tuple[str, ...], ...] = ()
@@ -60,7 +60,7 @@ Structure = NM | WeightBlocks | OutputUnits
 
 
 def check_structure(structure: Structure | None, distribution: str | None = None) -> None:
-    """Raises unless the numbers of a structure are valid, and go with the distribution."""
+    """Raises unless a structure's numbers are valid and compatible with the distribution."""
     if structure is None:
         return
     if not isinstance(structure, NM | WeightBlocks | OutputUnits):
@@ -77,8 +77,8 @@ def check_structure(structure: Structure | None, distribution: str | None = None
             raise ValueError(f"axis of NM(n, m, axis) must be an integer or None, got {structure}.")
         if distribution == "erk":
             raise ValueError(
-                "distribution='erk' gives leaves different densities, and NM(n, m) the same to "
-                "all: choose another, or leave one of them out."
+                "distribution='erk' gives leaves different densities, but NM(n, m) fixes one for "
+                "all: choose another distribution, or drop the structure."
             )
     if isinstance(structure, OutputUnits):
         for group in structure.coupled:
@@ -117,7 +117,7 @@ def why_unfit(leaf: Leaf, structure: Structure | None) -> str | None:
         found = layout.letters if layout else "not a kernel"
         letters = "IO".rjust(len(leaf.shape), "L")
         return (
-            f"its axes of fan-in and outputs are unknown (read as {found!r}): name them, with "
+            f"its fan-in and output axes are unknown (read as {found!r}): name them with "
             f"layout={{{leaf.path!r}: {letters!r}}} for (stacked axes, fan-in, outputs)"
             f"{', or the axis with NM(n, m, axis)' if isinstance(structure, NM) else ''}"
         )
@@ -135,7 +135,7 @@ def selection_of(
     structure: Structure | None,
     layout: Layout,
 ) -> tuple[Weights, tuple[Skipped, ...]]:
-    """The weights to prune, and the chosen leaves that the structure passes over."""
+    """The weights to prune, and the selected leaves that do not fit the structure."""
     check_on_host(params)
     if isinstance(structure, OutputUnits) and structure.coupled:
         paths = structure.paths()
@@ -158,7 +158,7 @@ def selection_of(
         raise ValueError(f"leaves of OutputUnits(coupled=...) have no units: {listed}.")
     if not fitting:
         listed = "; ".join(f"{leaf.path}: {leaf.reason}" for leaf in skipped)
-        raise ValueError(f"no chosen leaf can hold {structure}: {listed}.")
+        raise ValueError(f"no selected leaf fits {structure}: {listed}.")
     return Weights.of(params, mask, fitting), skipped
 
 
@@ -191,8 +191,8 @@ def _coupled_units(leaves: Sequence[Leaf], starts: list[int], structure: OutputU
     by_path = {leaf.path: (leaf, start) for leaf, start in zip(leaves, starts, strict=False)}
     if missing := structure.paths() - by_path.keys():
         raise ValueError(
-            "leaves of OutputUnits(coupled=...) lose units together, and need one sparsity for all "
-            f"of them: distribution='global' and no patterns; apart are {sorted(missing)}."
+            "leaves of OutputUnits(coupled=...) lose units together and need the same sparsity: "
+            f"use distribution='global' without patterns; compared separately: {sorted(missing)}."
         )
     weights, numbers, total = [], [], 0
     for group in structure.coupled:
@@ -201,8 +201,8 @@ def _coupled_units(leaves: Sequence[Leaf], starts: list[int], structure: OutputU
         if len(counts) != 1:
             found = {leaf.path: _num_outputs(leaf) for leaf in made}
             raise ValueError(
-                f"the leaves of a group of OutputUnits(coupled=...) have one output a unit and "
-                f"must agree, got {found}; mark what reads the units as 'path{_READS}'."
+                f"the leaves of a group of OutputUnits(coupled=...) must have the same number of "
+                f"outputs, got {found}; mark leaves that read the units as 'path{_READS}'."
             )
         (count,) = counts
         for name in group:
@@ -211,8 +211,8 @@ def _coupled_units(leaves: Sequence[Leaf], starts: list[int], structure: OutputU
             places = _along(leaf, axes)
             if (places.max() + 1) % count:
                 raise ValueError(
-                    f"{name} reads {places.max() + 1} inputs, which is no multiple of the {count} "
-                    f"units of {made[0].path}."
+                    f"{name} reads {places.max() + 1} inputs, which is not a multiple of the "
+                    f"{count} units of {made[0].path}."
                 )
             weights.append(start + np.arange(leaf.size))
             numbers.append(total + places % count)
@@ -273,5 +273,5 @@ def _block_axes(layout: KernelLayout) -> tuple[int, int]:
 def _indivisible(leaf: Leaf, axes: Sequence[int], lengths: Sequence[int]) -> str | None:
     for axis, length in zip(axes, lengths, strict=False):
         if leaf.shape[axis] % length:
-            return f"{length} does not divide the {leaf.shape[axis]} entries of axis {axis}"
+            return f"axis {axis} has {leaf.shape[axis]} entries, not divisible by {length}"
     return None

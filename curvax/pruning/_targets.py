@@ -19,8 +19,8 @@ class Pool(NamedTuple):
     """Leaves whose weights compete with each other, and the sparsity they reach together.
 
     Attributes:
-      members: the numbers of the leaves among the chosen ones.
-      sparsity: the share of their weights that is pruned in the end.
+      members: the indices of the leaves among the selected ones.
+      sparsity: the final fraction of pruned weights.
     """
 
     members: tuple[int, ...]
@@ -97,7 +97,7 @@ def erk_sparsities(leaves: Sequence[Leaf], sparsity: float) -> list[float]:
 def _members(
     leaves: Sequence[Leaf], sparsity: Sparsity, skipped: Sequence[Skipped]
 ) -> list[tuple[float, list[int]]]:
-    """The numbers of the leaves that each sparsity is meant for."""
+    """The indices of the leaves to which each sparsity applies."""
     if not isinstance(sparsity, Mapping):
         return [(sparsity, list(range(len(leaves))))]
     paths = [leaf.path for leaf in leaves] + [leaf.path for leaf in skipped]
@@ -110,7 +110,7 @@ def _members(
 
 
 def members_by_pattern(paths: Sequence[str], patterns: Iterable[str]) -> dict[str, list[int]]:
-    """For each pattern the numbers of the paths of which it is the first to match."""
+    """For each pattern, the indices of the paths that it is the first to match."""
     members: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     if not members:
         raise ValueError("sparsity must name at least one pattern, got an empty mapping.")
@@ -130,7 +130,7 @@ def members_by_pattern(paths: Sequence[str], patterns: Iterable[str]) -> dict[st
 
 
 def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[float]:
-    r"""Sparsities whose densities fall by a constant factor: $d_j = d_0 (d_n / d_0)^{j/n}$.
+    r"""Returns sparsities whose densities fall by a constant factor: $d_j = d_0 (d_n / d_0)^{j/n}$.
 
     Args:
       initial: the sparsity before the first step.
@@ -154,7 +154,7 @@ def geometric_sparsities(initial: float, final: float, num_steps: int) -> list[f
 def polynomial_sparsities(
     initial: float, final: float, num_steps: int, *, power: float = 3.0
 ) -> list[float]:
-    r"""Sparsities of a gradual schedule: $s_j = s_n + (s_0 - s_n) (1 - j/n)^p$.
+    r"""Returns sparsities of a gradual schedule: $s_j = s_n + (s_0 - s_n) (1 - j/n)^p$.
 
     Args:
       initial: the sparsity before the first step.

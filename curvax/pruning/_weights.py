@@ -25,7 +25,7 @@ _MANY_ZEROS = 0.2  # of weights: an earlier pruning left them
 def is_kernel(path: str, leaf: Any) -> bool:
     """Whether a leaf is a kernel, as published: not a bias, a norm's scale or an embedding.
 
-    Names count, not the rank: a bias with an axis for each output and a position embedding are not
+    The name decides before the rank: a bias with several axes and a position embedding are not
     kernels either.
 
     Args:
@@ -86,7 +86,7 @@ class Leaf(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A chosen leaf that is not pruned, and is unchanged.
+    """A selected leaf that is not pruned and stays unchanged.
 
     Attributes:
       path: its path in the params.
@@ -177,7 +177,7 @@ class Weights:
 
     def _check(self, *, has_mask: bool) -> None:
         if not self.alive.any():
-            raise ValueError("mask leaves no unpruned weight in the selected leaves.")
+            raise ValueError("mask leaves no unpruned weights in the selected leaves.")
         finite = np.isfinite(self.values)
         if not finite.all():
             bad = [
@@ -189,9 +189,9 @@ class Weights:
         zeros = float(np.mean(self.values == 0))
         if not has_mask and zeros >= _MANY_ZEROS:
             warnings.warn(
-                f"{zeros:.0%} of the weights to prune are zero already, and without a mask they "
-                "count as unpruned: pass mask=curvax.pruning.mask_of_zeros(params) if an earlier "
-                "pruning left them.",
+                f"{zeros:.0%} of the selected weights are already zero, and without a mask they "
+                "count as unpruned: if they were pruned earlier, pass "
+                "mask=curvax.pruning.mask_of_zeros(params).",
                 stacklevel=5,
             )
 
@@ -218,14 +218,14 @@ def check_on_host(params: PyTree) -> None:
     leaves = jax.tree.leaves(params)
     if any(map(is_traced, leaves)):
         raise ValueError(
-            "pruning runs on the host, and compiles what it computes by itself: call it outside "
-            "jax.jit, vmap and grad; inside a compiled step, prune_on_schedule prunes."
+            "pruning runs on the host and compiles its own computations: call it outside "
+            "jax.jit, vmap and grad; inside a compiled step, use prune_on_schedule."
         )
     if not all(map(_is_readable, leaves)):
         raise ValueError(
-            "pruning reads all weights, and some lie on devices of other processes: gather them "
-            "first, jax.experimental.multihost_utils.process_allgather(params, tiled=True), or "
-            "prune inside the compiled step, with prune_on_schedule."
+            "pruning reads all weights, but some are on devices of other processes: gather them "
+            "first with jax.experimental.multihost_utils.process_allgather(params, tiled=True), "
+            "or prune inside the compiled step with prune_on_schedule."
         )
 
 
@@ -240,8 +240,8 @@ def check_fits(path: str, values: Any, dtype: Any) -> None:
     largest = float(abs(values).max())
     if float(jnp.finfo(dtype).max) < largest < math.inf:
         raise ValueError(
-            f"the update takes a weight of {path} to {largest:.3g}, which {dtype} does not hold: "
-            "raise damping, leave the update out with update='none', or give params in float32."
+            f"the update takes a weight of {path} to {largest:.3g}, which overflows {dtype}: "
+            "raise damping, pass update='none', or pass params in float32."
         )
 
 
@@ -270,7 +270,7 @@ def check_mask(mask: PyTree | None, params: PyTree) -> None:
 
 
 def mask_of_zeros(params: Tree, select: Select = is_kernel) -> Tree:
-    """The mask of a network that was pruned earlier, from its zeros.
+    """Makes the mask of a network pruned earlier, from its zeros.
 
     Args:
       params: the parameters.
@@ -278,8 +278,8 @@ def mask_of_zeros(params: Tree, select: Select = is_kernel) -> Tree:
         default.
 
     Returns:
-      A tree of bool like ``params``, False at the zeros of the chosen leaves; a scalar True for the
-      other leaves.
+      A tree of bool like ``params``, False at the zeros of the selected leaves; a scalar True for
+      the other leaves.
 
     Raises:
       ValueError: if ``select`` chooses no leaf.
@@ -311,8 +311,8 @@ def _as_array(path: str, leaf: Any) -> Any:
         return jnp.asarray(leaf)
     except (TypeError, ValueError):
         raise ValueError(
-            f"params must hold arrays alone, got {type(leaf).__name__} at {path}: of an Equinox "
-            "module give eqx.filter(model, eqx.is_array)."
+            f"params must contain only arrays, got {type(leaf).__name__} at {path}: for an Equinox "
+            "module, pass eqx.filter(model, eqx.is_array)."
         ) from None
 
 
@@ -347,6 +347,6 @@ def check_not_tied(leaves: Sequence[Leaf], params: PyTree) -> None:
     for paths in owners.values():
         if len(paths) > 1 and chosen.intersection(paths):
             raise ValueError(
-                f"{' and '.join(paths)} are the same array, and pruned apart they would no longer "
-                "be tied: keep it in params once, or leave them out with select."
+                f"{' and '.join(paths)} are the same array, and pruning them separately would "
+                "untie them: keep the array in params once, or exclude it with select."
             )

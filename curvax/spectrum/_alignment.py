@@ -1,4 +1,4 @@
-r"""How alike two kernels are."""
+r"""The similarity of two kernels."""
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -11,22 +11,22 @@ def kernel_alignment(first: ArrayLike, second: ArrayLike, *, centered: bool = Tr
     A(K, L) = \frac{\langle K, L \rangle_F}{\lVert K \rVert_F \lVert L \rVert_F}
     $$
 
-    One for matrices that differ by a factor alone. With ``centered``, rows and columns lose their
-    means first, $H K H$ with $H = I - 1 1^T / n$, so that a constant shared by all examples does
-    not count. One minus the alignment of a tangent kernel with that at the start of training is
-    its drift; its alignment with $y y^T$ says how well it knows the labels.
+    It is 1 for matrices that differ only by a positive factor. With ``centered``, the means of rows
+    and columns are subtracted first, $H K H$ with $H = I - 1 1^T / n$, so that a constant shared by
+    all examples has no effect. The drift of a tangent kernel is one minus its alignment with the
+    kernel at the start of training; its alignment with $y y^T$ says how well it fits the labels.
 
     Args:
       first: $K$, of shape (n, n), real and symmetric, such as `ntk_gram` returns.
-      second: $L$, likewise.
-      centered: whether both are centered.
+      second: $L$, of the same shape.
+      centered: whether to center both matrices.
 
     Returns:
       The alignment, from -1 to 1, and at least 0 for positive semi-definite matrices.
 
     Raises:
-      ValueError: if the matrices are not square and of one shape, not finite, or one of them is
-        zero after centering.
+      ValueError: if the matrices are not square, not of the same shape or not finite, or one of
+        them is zero (after centering, if ``centered``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,7 +45,7 @@ def kernel_alignment(first: ArrayLike, second: ArrayLike, *, centered: bool = Tr
     matrices = [np.asarray(matrix, np.float64) for matrix in (first, second)]
     shapes = [matrix.shape for matrix in matrices]
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != shapes[0][1]:
-        raise ValueError(f"two square matrices of one shape are needed, got {shapes}.")
+        raise ValueError(f"the matrices must be square and of the same shape, got {shapes}.")
     if not all(np.isfinite(matrix).all() for matrix in matrices):
         raise ValueError("the matrices must be finite.")
     units = [_in_unit(matrix) for matrix in matrices]
@@ -53,7 +53,7 @@ def kernel_alignment(first: ArrayLike, second: ArrayLike, *, centered: bool = Tr
         units = [_centered(matrix) for matrix in units]
     norms = [np.linalg.norm(matrix) for matrix in units]
     if not min(norms) > 1e-13:  # of matrices whose largest entry is one
-        raise ValueError("a matrix is zero, after centering if it is centered: it has no angle.")
+        raise ValueError("a matrix is zero (after centering, if centered): its angle is undefined.")
     return float(np.sum(units[0] / norms[0] * (units[1] / norms[1])))
 
 

@@ -1,4 +1,4 @@
-r"""Neural collapse: how far the last layer's features are from one point for each class."""
+r"""Neural collapse: how far the last layer's features are from a single point per class."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,14 @@ class NeuralCollapse(NamedTuple):
     Attributes:
       within: NC1, $\operatorname{tr}(\Sigma_W \Sigma_B^+) / C$, the spread of features within
         classes over that of class means.
-      norms: NC2, the deviation over the mean of the lengths of centered class means.
-      angles: NC2, the mean of $|\cos(m_c, m_d) + 1 / (C - 1)|$ over pairs of classes: their angles
-        are those of a simplex.
+      norms: NC2, the standard deviation of the lengths of centered class means, divided by their
+        mean.
+      angles: NC2, the mean of $|\cos(m_c, m_d) + 1 / (C - 1)|$ over pairs of classes: the deviation
+        from the angles of a simplex.
       duality: NC3, $\lVert W / \lVert W \rVert_F - M / \lVert M \rVert_F \rVert_F^2$, the
         difference of the classifier's rows and the centered class means; NaN without a classifier.
-      nearest_mean: NC4, the share of examples that the classifier does not put into the class of
-        the nearest mean; NaN without a classifier.
+      nearest_mean: NC4, the fraction of examples that the classifier does not assign to the class
+        with the nearest mean; NaN without a classifier.
     """
 
     within: float
@@ -44,12 +45,13 @@ def neural_collapse(
     \Sigma_B = \frac1C \sum_c m_c m_c^T .
     $$
 
-    Classes count alike, however many examples they have; $\Sigma_W$ is over examples.
+    Each class counts equally in the global mean and $\Sigma_B$, however many examples it has; each
+    example counts equally in $\Sigma_W$.
 
     Args:
       features: inputs of the last layer, of shape (N, d).
-      labels: integer classes, of shape (N,); C of them occur. With ``kernel``, they are its
-        columns' numbers, and all must occur.
+      labels: integer classes, of shape (N,), of which C occur. With ``kernel``, they are the
+        indices of its columns, and all must occur.
       kernel: the last layer's, (d, C) as in Flax, for NC3 and NC4.
       bias: its bias, of shape (C,).
 
@@ -58,7 +60,7 @@ def neural_collapse(
 
     Raises:
       ValueError: if shapes do not fit, features are not finite, there are fewer than two classes,
-        class means agree, or ``kernel`` has a class that does not occur.
+        a class mean equals the global mean, or ``kernel`` has a class that does not occur.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,8 +73,8 @@ def neural_collapse(
 
     References:
       Papyan, Han and Donoho, [Prevalence of neural collapse during the terminal phase of deep
-      learning training](https://arxiv.org/abs/2008.08186), 2020. Theirs is the global mean over
-      examples, ours over classes, which differ only for classes of different sizes.
+      learning training](https://arxiv.org/abs/2008.08186), 2020. Their global mean is over
+      examples, ours over classes; they differ only for classes of different sizes.
     """
     rows, classes = np.asarray(features, np.float64), np.asarray(labels)
     _check(rows, classes)
@@ -83,7 +85,7 @@ def neural_collapse(
     centered = means - means.mean(axis=0)
     lengths = np.linalg.norm(centered, axis=1)
     if not lengths.min() > 0:
-        raise ValueError("a class mean is that of all classes: its angles are not defined.")
+        raise ValueError("a class mean equals the global mean: its angles are undefined.")
     residuals = rows - means[members]
     between_inverse = np.linalg.pinv(centered.T @ centered / len(names), hermitian=True)
     within = np.sum((residuals @ between_inverse) * residuals) / len(rows) / len(names)
@@ -124,7 +126,7 @@ def _check_classifier(
     wanted = (features.shape[1], len(names))
     if kernel.shape != wanted or bias.shape != wanted[1:] or names.tolist() != [*range(len(names))]:
         raise ValueError(
-            f"with the classes {names.tolist()} in labels the kernel must be of shape {wanted} "
-            f"and the bias of {wanted[1:]}, got {kernel.shape} and {bias.shape}: all classes "
-            "must occur, and Equinox's weight is the kernel transposed."
+            f"with classes {names.tolist()} in labels, kernel must have shape {wanted} and bias "
+            f"{wanted[1:]}, got {kernel.shape} and {bias.shape}: all classes must occur, and "
+            "Equinox's weight must be transposed."
         )

@@ -29,9 +29,9 @@ class SpectralDensity(NamedTuple):
       nodes: a list of arrays, the Ritz values of each probe.
       weights: a list of arrays, their weights, which sum to one for each probe.
       bandwidth: the standard deviation of the smoothing Gaussian.
-      wasserstein_error: an estimated bound on the distance to the true density, in units of
-        eigenvalues: the spread over probes (97.5 % of bootstrap resamples), and the range of the
-        nodes divided by the order for the truncation. Infinite for a single probe.
+      wasserstein_error: an estimated bound on the Wasserstein distance to the true density, in
+        units of eigenvalues: the spread over probes (97.5 % of bootstrap resamples) plus, for the
+        truncation, the range of the nodes divided by the order. Infinite for a single probe.
       num_matvecs: the number of matrix-vector products.
     """
 
@@ -63,20 +63,21 @@ def spectral_density(
 ) -> SpectralDensity:
     r"""The density of an operator's eigenvalues, by stochastic Lanczos quadrature.
 
-    The memory is that of ``probe_batch_size`` Lanczos bases, ``order`` vectors each (three with
+    It takes the memory of ``probe_batch_size`` Lanczos bases of ``order`` vectors each (three with
     ``reorthogonalize="none"``).
 
     Args:
       operator: a symmetric operator.
       key: a PRNG key for the probes, or an integer seed.
       order: the number of Lanczos steps $k$ for each probe; at most the operator's size.
-      num_probes: the number of probes. The error falls with the square root of their number, and
-        with that of the operator's size.
-      probe_batch_size: the number of probes whose products are taken together, in one pass over the
-        data: faster on an accelerator and where data are streamed.
-      bandwidth: the standard deviation of the Gaussians; by default the range over ``2 order``.
+      num_probes: the number of probes. The error falls with the square root of this number, and
+        with the square root of the operator's size.
+      probe_batch_size: the number of probes whose products are computed together, in one pass over
+        the data: faster on an accelerator and with streamed data.
+      bandwidth: the standard deviation of the Gaussians; by default the range divided by ``2
+        order``.
       grid_size: the number of grid points.
-      reorthogonalize: as `lanczos` takes it.
+      reorthogonalize: as in `lanczos`.
       progress: whether a progress bar is shown.
 
     Returns:
@@ -146,9 +147,9 @@ def wasserstein_distance(
     """The distance between two weighted sets of points: the area between their cumulative sums.
 
     Args:
-      nodes: the points of the first, of shape (n,).
-      weights: their weights, positive; only ratios count.
-      others: the points of the second, of shape (k,).
+      nodes: the points of the first set, of shape (n,).
+      weights: their positive weights; only ratios matter.
+      others: the points of the second set, of shape (k,).
       other_weights: their weights.
 
     Returns:

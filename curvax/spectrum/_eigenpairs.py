@@ -28,8 +28,8 @@ class Eigenpairs(NamedTuple):
       residuals: $\lVert A v - \lambda v \rVert$, of shape (k,), at least the rounding error: an
         eigenvalue lies within that distance of the value.
       converged: of shape (k,), whether the residual is within the tolerance and, with a probability
-        of 99 %, no eigenvalue that should come before it was missed, nor another copy of a multiple
-        one.
+        of 99 %, no eigenvalue that should come before it was missed, copies of multiple ones
+        included.
       num_matvecs: the number of matrix-vector products.
     """
 
@@ -51,17 +51,18 @@ def top_eigenpairs(
     basis_size: int | None = None,
     start: PyTree | None = None,
 ) -> Eigenpairs:
-    r"""Eigenpairs at an end of an operator's spectrum, with bounds on their errors.
+    r"""Computes eigenpairs at an end of an operator's spectrum, with bounds on their errors.
 
-    Lanczos with full orthogonalization; when the basis is full, the best Ritz vectors are kept and
-    the rest is rebuilt (thick restart), so that memory is bounded by ``basis_size`` vectors.
+    It uses Lanczos with full orthogonalization. When the basis is full, the best Ritz vectors are
+    kept and the rest is rebuilt (thick restart), so memory is bounded by ``basis_size`` vectors.
 
-    A Krylov space holds one copy of each distinct eigenvalue, whatever its multiplicity. So once
-    the residuals are small, the operator is deflated, $C = (I - V V^T) A (I - V V^T)$, and a
-    Lanczos run from a random vector $r$ looks for another wanted eigenvalue of $C$. With the
-    orthonormal polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values
-    has a component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$. The run ends when that is
-    improbably small, or with a Ritz value beyond the wanted ones; then the search goes on from $r$.
+    A Krylov space contains each distinct eigenvalue once, whatever its multiplicity. So once the
+    residuals are small, the operator is deflated, $C = (I - V V^T) A (I - V V^T)$, and a Lanczos
+    run from a random vector $r$ looks for another wanted eigenvalue of $C$. With the orthonormal
+    polynomials $p_i$ of that run, an eigenvector at $\lambda$ beyond its Ritz values has a
+    component in $r$ of at most $1 / \sqrt{\sum_i p_i(\lambda)^2}$. The run ends when that is
+    improbably small, or when a Ritz value lies beyond the wanted ones; in that case the search
+    continues from $r$.
 
     Args:
       operator: a symmetric operator, of any scale.
@@ -69,14 +70,14 @@ def top_eigenpairs(
       key: a PRNG key for random directions, or an integer seed.
       which: ``"largest"`` values, ``"smallest"``, ``"both"`` ends (half of the pairs each, the
         larger half largest), or largest ``"magnitude"``.
-      tolerance: of each residual, relative to the absolute value of its eigenvalue, but not below
-        the rounding of the largest. An eigenvalue's error is at most its residual, and close to
-        the residual's square over the gap to the next.
-      max_matvecs: the number of products at which to stop; ``converged`` says which pairs are
-        certain by then.
-      basis_size: vectors in the basis; by default ``2 k + 20``.
-      start: a tree like the operator's vectors, or earlier ``vectors`` with an extra leading axis:
-        after a few more training steps, the pairs then take fewer products.
+      tolerance: bound on each residual relative to the absolute value of its eigenvalue, but not
+        below the rounding error of the largest. An eigenvalue's error is at most its residual, and
+        close to the residual's square divided by the gap to the next eigenvalue.
+      max_matvecs: the maximum number of products; ``converged`` says which pairs are certain by
+        then.
+      basis_size: the number of vectors in the basis; ``2 k + 20`` by default.
+      start: a tree like the operator's vectors, or earlier ``vectors`` with an extra leading axis,
+        which save products when the pairs are recomputed after a few training steps.
 
     Returns:
       The pairs.
@@ -356,9 +357,9 @@ def _check_options(
     check_range("tolerance", tolerance, low=0.0)
     check_count("max_matvecs", max_matvecs)
     if max_matvecs < k:
-        raise ValueError(f"k={k} pairs take at least as many products, got {max_matvecs=}.")
+        raise ValueError(f"k={k} pairs take at least {k} products, got {max_matvecs=}.")
     if k > operator.size:
-        raise ValueError(f"k={k} pairs are more than the {operator.size} rows of the operator.")
+        raise ValueError(f"k must be at most the operator's {operator.size} rows, got {k}.")
     if basis_size is not None:
         check_count("basis_size", basis_size)
         if basis_size < min(k + 2, operator.size):

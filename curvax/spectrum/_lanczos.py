@@ -52,16 +52,17 @@ def lanczos(
 ) -> Lanczos:
     r"""Lanczos tridiagonalization of an operator.
 
-    The compiled functions do not depend on ``order``. Vectors keep the shardings of the operator's.
+    The compiled functions do not depend on ``order``. Vectors have the shardings of the operator's
+    vectors.
 
     Args:
       operator: a symmetric operator.
       start: the start vector, a tree like ``operator.like``.
-      order: the number of steps $k$, at most the number of rows. It ends early if the Krylov space
-        is exhausted.
+      order: the number of steps $k$, at most the number of rows. The iteration ends early if the
+        Krylov space is exhausted.
       reorthogonalize: ``"full"`` and ``"selective"`` keep $k$ vectors, ``"none"`` keeps three, for
-        models so large that $k$ copies do not fit; its ghosts hardly distort a density, but count
-        an eigenvalue several times.
+        models so large that $k$ copies do not fit in memory. It produces spurious copies of
+        eigenvalues, which hardly distort a density.
 
     Returns:
       The tridiagonal matrix.
@@ -228,8 +229,8 @@ class ScaledProducts:
         lengths = [float(tree_norm(image)) for image in images]
         if not np.all(np.isfinite(lengths)):
             raise ValueError(
-                "a product with the operator is not finite: check the loss and the parameters, and "
-                "whether the precision is wide enough."
+                "a product with the operator is not finite: check the loss, the parameters and the "
+                "precision."
             )
         if not self._is_known and max(lengths) > 0:
             self._is_known = True

@@ -30,8 +30,8 @@ class LossCurve(NamedTuple):
     def barrier(self) -> float:
         r"""The height of the path above the line between its ends.
 
-        $\max_t\, L(\theta_t) - (1 - t) L(\theta_0) - t L(\theta_1)$, with $t$ the part of the path;
-        zero where the loss is nowhere above that line.
+        $\max_t\, L(\theta_t) - (1 - t) L(\theta_0) - t L(\theta_1)$, with $t$ the fraction of the
+        path; zero if the loss is nowhere above that line.
         """
         part = self.positions / self.positions[-1]
         line = (1 - part) * self.losses[0] + part * self.losses[-1]
@@ -65,17 +65,17 @@ def loss_along(
 ) -> LossCurve:
     r"""The mean loss over a data set along the straight lines between parameters.
 
-    Networks that share a part of their training are often connected by a line on which the loss
-    stays low; networks from different starts usually are not, unless their units are permuted.
+    Networks that share part of their training are often connected by a line of low loss; networks
+    from different initializations usually are not, unless their units are permuted.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch.
       path: two or more trees of the same structure; consecutive ones are joined by a line.
-      batches: as `hessian_operator` takes them; read once.
-      num_points: the number of points in all, evenly spaced; with both ends.
-      select: ``(path, leaf) -> bool``, the leaves that move; the others stay those of the first
-        parameters. One layer at a time gives the barrier of each.
-      batch_weight: as `hessian_operator` takes it.
+      batches: as in `hessian_operator`; read once.
+      num_points: the total number of points, evenly spaced, both ends included.
+      select: ``(path, leaf) -> bool``, the leaves that move; the others stay at the first
+        parameters. Select one layer at a time for the barrier of each.
+      batch_weight: as in `hessian_operator`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
 
     Returns:
@@ -126,14 +126,14 @@ def loss_over_plane(
     r"""The mean loss over a data set at $\theta + x\, a + y\, b$ for a grid of $x$ and $y$.
 
     Args:
-      loss_fn: as `loss_along` takes it.
+      loss_fn: as in `loss_along`.
       params: $\theta$.
-      right: $a$, a tree like ``params``: an eigenvector, or the way to another network.
-      up: $b$, likewise.
-      batches: as `hessian_operator` takes them; read once.
+      right: $a$, a tree like ``params``: an eigenvector, or the difference to another network.
+      up: $b$, a tree like ``params``.
+      batches: as in `hessian_operator`; read once.
       extent: the lowest and highest $x$, then $y$, in units of the directions.
-      num_points: the number of points along each.
-      batch_weight: as `hessian_operator` takes it.
+      num_points: the number of points along each direction.
+      batch_weight: as in `hessian_operator`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
 
     Returns:
@@ -178,7 +178,7 @@ def _losses(
         check_like(f"tree {position} of the path or plane", tree, trees[0])
     part = Differentiable.of(jax.tree.map(widen, trees[0]), select)
     if not part.chosen:
-        raise ValueError("no leaf of the parameters moves: select must choose one that is real.")
+        raise ValueError("select must choose at least one real leaf of the parameters, got none.")
     leaves = [part.select(map(widen, jax.tree.leaves(tree))) for tree in trees]
     loss_at = compiled_once(_loss_at, loss_fn, has_aux=has_aux)
     totals, weights = np.zeros(len(coefficients)), 0.0

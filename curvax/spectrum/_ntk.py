@@ -48,16 +48,16 @@ def ntk_gram(
 ) -> jax.Array:
     r"""The Gram matrix $J J^T$ of the empirical neural tangent kernel.
 
-    A micro-batch's rows of $J$ come from as many vector-Jacobian products, and their columns of the
-    Gram matrix from Jacobian-vector products with each micro-batch, so that at most
+    Vector-Jacobian products give the rows of $J$ of a micro-batch; Jacobian-vector products of
+    these rows with each micro-batch give their columns of the Gram matrix. So at most
     ``micro_batch_size * C`` gradients are in memory.
 
     Args:
       network: ``network(params, inputs) -> outputs`` of shape (N, C), in evaluation mode.
       params: a tree of real arrays; integer and bool leaves are held constant.
       inputs: an array, or a tree of them, with N examples along the first axis.
-      micro_batch_size: the examples whose rows are in memory together.
-      mode: how Jacobian-vector products are taken, as `curvax.ggn_vp` takes it.
+      micro_batch_size: the number of examples whose rows are in memory together.
+      mode: how to compute Jacobian-vector products, as in `curvax.ggn_vp`.
 
     Returns:
       The matrix of shape (N C, N C), rows ordered by example, then output.
@@ -104,18 +104,18 @@ def ntk_eigenpairs(
     r"""The top eigenpairs of the neural tangent kernel, in outputs and in parameters.
 
     Args:
-      network: as `ntk_gram` takes it.
-      params: see there.
-      inputs: see there.
+      network: as in `ntk_gram`.
+      params: as in `ntk_gram`.
+      inputs: as in `ntk_gram`.
       k: the number of pairs, at most N C.
-      micro_batch_size: see there.
-      mode: see there.
+      micro_batch_size: as in `ntk_gram`.
+      mode: as in `ntk_gram`.
 
     Returns:
       The pairs.
 
     Raises:
-      ValueError: as `ntk_gram` does; if ``k`` is too large.
+      ValueError: as in `ntk_gram`, or if ``k`` is too large.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +130,7 @@ def ntk_eigenpairs(
         ntk_gram(network, params, inputs, micro_batch_size=micro_batch_size, mode=mode)
     )
     if k > len(gram):
-        raise ValueError(f"k={k} pairs are more than the {len(gram)} outputs of all examples.")
+        raise ValueError(f"k must be at most the {len(gram)} outputs of all examples, got {k}.")
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     order = np.argsort(-values)[:k]
     shape = _output_shape(network, params, inputs)

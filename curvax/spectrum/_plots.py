@@ -25,13 +25,13 @@ def plot_density(
     log_x: bool = False,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    r"""The density on a logarithmic axis, with its error band; the bulk and the outliers.
+    r"""Plots the density on a logarithmic axis with its error band, the bulk and the outliers.
 
     Args:
       density: the density.
-      outliers: eigenvalues to mark, those of `top_eigenpairs` for example.
-      log_x: whether eigenvalues are on a symmetric logarithmic axis, with the density smoothed
-        there.
+      outliers: eigenvalues to mark, for example those of `top_eigenpairs`.
+      log_x: whether to use a symmetric logarithmic axis for eigenvalues, and to smooth the density
+        on it.
       ax: axes of matplotlib; by default those of a new figure.
 
     Returns:
@@ -80,7 +80,8 @@ def plot_sharpness(
     *,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    r"""Sharpness over steps with the line $2 / \eta$, above which gradient descent is unstable.
+    r"""Plots sharpness over steps, with the line $2 / \eta$ above which gradient descent is
+    unstable.
 
     Args:
       steps: the steps.
@@ -109,7 +110,7 @@ def plot_sharpness(
 
 
 def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) -> "Axes":
-    """Bars of the trace of each leaf's diagonal block, with standard errors.
+    """Plots the trace of each leaf's diagonal block as bars with standard errors.
 
     Args:
       trace: what `trace` or `curvax.hessian_trace` returned.
@@ -119,7 +120,7 @@ def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) ->
       The axes.
 
     Raises:
-      ValueError: if the trace has no values by leaf.
+      ValueError: if the trace has no values per leaf.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -132,7 +133,7 @@ def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) ->
       [4.0, 36.0]
     """
     if trace.per_leaf is None:
-        raise ValueError('the trace has no values by leaf: use method="hutchinson".')
+        raise ValueError('the trace has no values per leaf: use method="hutchinson".')
     ax = ax or new_axes()
     names, values = zip(*named_leaves(trace.per_leaf), strict=True)
     errors = np.nan_to_num([float(x) for x in jax.tree.leaves(trace.per_leaf_standard_error)])
@@ -143,7 +144,8 @@ def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) ->
 
 
 def plot_batch_sizes(study: BatchSizeStudy, *, ax: "Axes | None" = None) -> "Axes":
-    """The ends of batch Hessians' spectra against the batch size, and those of the full one.
+    """Plots the ends of the batch Hessians' spectra against the batch size, with the full
+    Hessian's.
 
     Args:
       study: what `batch_size_study` returned.

@@ -24,8 +24,8 @@ def preconditioned(
 
     Args:
       operator: $A$.
-      inverse_root: $P^{-1/2}$, a tree of the diagonal's entries or a function of a vector;
-        `adam_inverse_root`, `adahessian_inverse_root` and `mfac_inverse_root` make it from a state.
+      inverse_root: $P^{-1/2}$, a tree of the diagonal's entries or a function of a vector; see
+        `adam_inverse_root`, `adahessian_inverse_root` and `mfac_inverse_root`.
 
     Returns:
       The operator.
@@ -61,9 +61,9 @@ def adam_inverse_root(state: Any, like: Tree, *, b2: float = 0.999, eps: float =
     r"""$P^{-1/2}$ of Adam, $P = \operatorname{diag}(\sqrt{\hat v} + \epsilon)$.
 
     Args:
-      state: the state of ``optax.adam`` or its relatives, found inside chains and wrappers. Not
-        that of ``optax.amsgrad`` or ``optax.adamax``, which looks similar.
-      like: the operator's ``like``; for a restricted operator, only its leaves are taken.
+      state: the state of ``optax.adam`` or a variant, found inside chains and wrappers;
+        ``optax.amsgrad`` and ``optax.adamax`` are not supported.
+      like: the operator's ``like``; for a restricted operator, only its leaves are used.
       b2: as the optimizer has it.
       eps: as the optimizer has it.
 
@@ -71,7 +71,7 @@ def adam_inverse_root(state: Any, like: Tree, *, b2: float = 0.999, eps: float =
       The diagonal, a tree like ``like``.
 
     Raises:
-      ValueError: if the state holds no such optimizer, or several; if it has taken no step.
+      ValueError: if the state holds no such optimizer or several, or has taken no step.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -91,8 +91,8 @@ def adam_inverse_root(state: Any, like: Tree, *, b2: float = 0.999, eps: float =
     )
     if hasattr(node, "nu_max") or hasattr(node, "nu_weight"):
         raise ValueError(
-            f"{type(node).__name__} does not divide by the root of nu as Adam does: pass "
-            "preconditioned its own diagonal, or adahessian_inverse_root's."
+            f"{type(node).__name__} does not divide by the root of nu as Adam does: use "
+            "adahessian_inverse_root, or pass its own diagonal to preconditioned."
         )
     count = int(jax.tree.leaves(node.count)[0])
     _check_steps(count)
@@ -109,15 +109,15 @@ def adahessian_inverse_root(
 
     Args:
       state: the state of `curvax.adahessian`, found inside chains and wrappers.
-      like: as `adam_inverse_root` takes it.
-      hessian_power: $k$, as the optimizer has it.
+      like: as in `adam_inverse_root`.
+      hessian_power: the optimizer's $k$.
       eps: as the optimizer has it.
 
     Returns:
       The diagonal, a tree like ``like``.
 
     Raises:
-      ValueError: as `adam_inverse_root` does.
+      ValueError: as in `adam_inverse_root`.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -161,7 +161,7 @@ def mfac_inverse_root(state: Any) -> Callable[[Tree], Tree]:
       The function, for vectors like the whole params.
 
     Raises:
-      ValueError: if the state holds no M-FAC, or several; if it has taken no step.
+      ValueError: if the state holds no M-FAC state or several, or has taken no step.
 
     Example:
       >>> import jax.numpy as jnp, curvax

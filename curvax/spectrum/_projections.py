@@ -1,4 +1,4 @@
-r"""What single examples do along directions in parameter space."""
+r"""Losses and slopes of single examples along directions in parameter space."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,11 +35,11 @@ def example_projections(
     micro_batch_size: int = 256,
     has_aux: bool = False,
 ) -> ExampleProjections:
-    r"""The loss of each example, and $\nabla \ell_n^T v_j$, its slope along each direction.
+    r"""Computes the loss of each example, and its slope $\nabla \ell_n^T v_j$ along each direction.
 
-    One forward-mode pass a direction gives the slopes of a whole micro-batch: no gradient of an
-    example is ever held. Along the top eigenvectors of the Hessian, examples with large slopes of
-    opposite signs are those whose losses a step on the mean trades against each other.
+    One forward-mode pass per direction gives the slopes of a whole micro-batch; no gradient of an
+    example is stored. Examples with large slopes of opposite signs along the top eigenvectors of
+    the Hessian are those whose losses a step on the mean loss trades against each other.
 
     Args:
       loss_fn: ``loss_fn(params, *arguments) -> loss``, the mean over a batch, in evaluation mode;
@@ -47,9 +47,8 @@ def example_projections(
       params: the parameters.
       batch: the further arguments of ``loss_fn``, N examples along the first axes.
       directions: a tree like ``params`` with leaves ``(k, *leaf.shape)``, as
-        `Eigenpairs.vectors` are. Integer leaves of ``params`` are constant: anything may stand in
-        their place.
-      micro_batch_size: the examples that are evaluated together.
+        `Eigenpairs.vectors` are. Entries for integer leaves of ``params`` are ignored.
+      micro_batch_size: the number of examples evaluated together.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
 
     Returns:

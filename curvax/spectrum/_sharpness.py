@@ -24,11 +24,12 @@ from curvax.spectrum._basis import orthogonalized
 
 
 class TrackSharpnessState(NamedTuple):
-    r"""State of `track_sharpness`; each number is read by ``optax.tree.get(state, "sharpness")``.
+    r"""State of `track_sharpness`; read its numbers with ``optax.tree.get(state, "sharpness")``.
 
     Attributes:
-      steps_seen: int32 scalar, the steps taken.
-      sharpness: the largest eigenvalue of the Hessian at the last measurement; NaN before.
+      steps_seen: int32 scalar, the number of steps taken.
+      sharpness: the largest eigenvalue of the Hessian at the last measurement; NaN before the
+        first.
       hessian_trace: the estimate of its trace, averaged over the last measurements; NaN where the
         sharpness comes from outside.
       sharpness_times_lr: the sharpness times the learning rate; gradient descent is unstable above
@@ -58,12 +59,12 @@ def track_sharpness(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measures the Hessian's largest eigenvalue during training and passes updates through.
 
-    Every ``update_interval`` steps it takes the largest Ritz value of a few Lanczos steps, started
-    from the previous Ritz vector: the top eigenvector turns slowly during training, and the value
-    catches up within a few measurements. A measurement costs ``num_matvecs + 1`` Hessian-vector
-    products, about ``2 num_matvecs + 2`` gradients: with ``update_interval=50`` and the other
-    defaults, a fifth of a step. It measures the sharpness of the loss it is given: the batch's, if
-    ``obj_fn`` is the loss of a batch.
+    Every ``update_interval`` steps it computes the largest Ritz value of a few Lanczos steps,
+    started from the previous Ritz vector. The top eigenvector turns slowly during training, so the
+    value catches up within a few measurements. A measurement costs ``num_matvecs + 1``
+    Hessian-vector products, about ``2 num_matvecs + 2`` gradients: with ``update_interval=50`` and
+    the other defaults, a fifth of a step. It measures the sharpness of the loss it is given: the
+    batch's, if ``obj_fn`` is the loss of a batch.
 
     With ``update_interval > 1`` the measurement is in a conditional, where XLA's CPU backend
     computes the gradients of convolutions slowly. There, measure outside (`top_eigenpairs` with
@@ -71,13 +72,14 @@ def track_sharpness(
     ``from_outside=True``.
 
     Args:
-      learning_rate: that of the chain, a number or a schedule.
-      update_interval: the number of steps from one measurement to the next.
-      num_matvecs: Lanczos steps of a measurement; more where the top eigenvalues are close.
-      trace_decay: decay of the average of the trace, which has one probe a measurement.
-      from_outside: whether the sharpness is passed to ``update``; nothing is measured then, and no
+      learning_rate: the learning rate of the chain, a number or a schedule.
+      update_interval: the number of steps between measurements.
+      num_matvecs: the number of Lanczos steps per measurement; use more if the top eigenvalues are
+        close.
+      trace_decay: decay rate of the average of the trace, which has one probe per measurement.
+      from_outside: whether the sharpness is passed to ``update``. If so, nothing is measured and no
         direction is kept.
-      mode: how products are taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute products; see `curvax.value_grad_and_hvp`.
       key: a PRNG key or an integer seed; ``jax.random.key(0)`` by default.
 
     Returns:
@@ -85,7 +87,8 @@ def track_sharpness(
       (``params -> loss``), or ``sharpness`` with ``from_outside``, where None keeps the last value.
 
     Raises:
-      ValueError: on an option out of range; in ``update``, if ``obj_fn`` or ``params`` is missing.
+      ValueError: if an option is out of range; in ``update``, if ``obj_fn`` or ``params`` is
+        missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -187,8 +190,8 @@ def track_sharpness(
 def _check_whole(params: PyTree) -> None:
     if has_holes(params):
         raise ValueError(
-            "track_sharpness needs all of params, parts of which optax.masked and optax.partition "
-            "hide: put it in the outer chain, outside them."
+            "track_sharpness needs all params, but optax.masked and optax.partition hide some: "
+            "put it in a chain outside them."
         )
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("track_sharpness needs params with at least one entry, got none.")

@@ -73,7 +73,7 @@ class BatchSizeStudy(NamedTuple):
     Attributes:
       batch_sizes: of shape (b,).
       largest: of shape (b, num_draws), the largest eigenvalue of each batch's Hessian.
-      smallest: likewise the smallest.
+      smallest: the smallest, of the same shape.
       full_largest: the largest eigenvalue over all examples.
       full_smallest: the smallest.
     """
@@ -99,11 +99,11 @@ def batch_size_study(
     mode: Mode = "forward_over_reverse",
     progress: bool = False,
 ) -> BatchSizeStudy:
-    r"""How the ends of the Hessian's spectrum depend on the batch size.
+    r"""Measures how the ends of the Hessian's spectrum depend on the batch size.
 
     A batch Hessian is the full one plus noise, which pushes the largest eigenvalue up and the
-    smallest down: the spiked models of random-matrix theory say by how much, and so how a learning
-    rate should grow with the batch.
+    smallest down. Spiked models of random-matrix theory predict by how much, and so how the
+    learning rate should grow with the batch size.
 
     Args:
       loss_fn: ``loss_fn(params, *examples) -> loss``, the mean over examples.
@@ -111,12 +111,11 @@ def batch_size_study(
       examples: the arguments, arrays with all examples along the first axis.
       batch_sizes: the sizes to try, at most the number of examples.
       key: a PRNG key for batches and start vectors, or an integer seed.
-      num_draws: random batches of each size.
-      micro_batch_size: the number of examples that the full Hessian takes at a time; all by
-        default.
-      tolerance: of the eigenvalues, as `top_eigenpairs` takes it.
+      num_draws: the number of random batches of each size.
+      micro_batch_size: the number of examples per product with the full Hessian; all by default.
+      tolerance: of the eigenvalues, as in `top_eigenpairs`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; the aux is dropped.
-      mode: how products are taken, see `curvax.value_grad_and_hvp`.
+      mode: how to compute products; see `curvax.value_grad_and_hvp`.
       progress: whether a progress bar is shown.
 
     Returns:
@@ -149,7 +148,7 @@ def batch_size_study(
     for size in batch_sizes:
         check_count("each of batch_sizes", size)
         if size > number:
-            raise ValueError(f"a batch size of {size} is above the {number} examples.")
+            raise ValueError(f"batch_sizes must be at most the {number} examples, got {size}.")
 
     def ends(batches: list[Any], end_key: jax.Array) -> tuple[float, float]:
         operator = hessian_operator(

@@ -1,4 +1,4 @@
-r"""The trace of an operator, by probes alone or with its dominant part deflated first."""
+r"""The trace of an operator, from probes alone or after deflating its dominant part."""
 
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ def trace(
     method: Method = "hutchinson",
     probe_batch_size: int = 1,
 ) -> TraceEstimate[Any]:
-    r"""The trace of an operator, with a standard error.
+    r"""Estimates the trace of an operator, with a standard error.
 
     ``"hutchinson"`` averages $z^T A z$ over Rademacher probes. ``"hutch++"`` spends a third of its
     products on a basis $Q$ of the range of $A S$ with random $S$, a third on the exact trace of
@@ -36,12 +36,12 @@ def trace(
       key: a PRNG key for the probes, or an integer seed.
       num_probes: the number of probes; ``"hutch++"`` makes three products for each.
       method: ``"hutchinson"`` or ``"hutch++"``.
-      probe_batch_size: the number of probes whose products are taken together, in one pass over
-        the data: faster on an accelerator and where data are streamed, for the memory of as many
+      probe_batch_size: the number of probes whose products are computed together, in one pass over
+        the data: faster on an accelerator and with streamed data, but takes the memory of as many
         vectors. (The basis of ``"hutch++"`` is still built one vector at a time.)
 
     Returns:
-      The estimate, in NumPy's float64. With ``"hutch++"`` it has no values by leaf (None), and no
+      The estimate, in NumPy's float64. With ``"hutch++"`` it has no values per leaf (None), and no
       samples if the basis spans the whole space.
 
     Raises:

@@ -48,7 +48,7 @@ CASES = [(name, owner) for names, owner in OWNERS.items() for name in names]
 @pytest.mark.parametrize("keyword_only", [True, False])
 @pytest.mark.parametrize(("name", "owner"), CASES)
 def test_a_reserved_keyword_is_refused_and_the_way_out_named(name, owner, keyword_only):
-    with pytest.raises(ValueError, match=rf"takes {name}= for itself.*partial\(fun, {name}=...\)"):
+    with pytest.raises(ValueError, match=rf"the keyword {name} itself.*partial\(fun, {name}=...\)"):
         owner(taking(name, keyword_only=keyword_only))
 
 

@@ -245,7 +245,7 @@ class TestBadInput:
             curvax.inverse_fisher(gradients(), weights=weights)
 
     def test_a_real_part_is_of_complex_gradients(self):
-        with pytest.raises(ValueError, match="real_part=True is for complex gradients"):
+        with pytest.raises(ValueError, match="real_part=True needs complex gradients"):
             curvax.inverse_fisher(gradients(), real_part=True)
 
     def test_one_gradient_has_no_covariance(self):

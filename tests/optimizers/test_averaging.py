@@ -140,7 +140,7 @@ def test_axes_that_are_not_there_are_refused(share):
 
 
 def test_an_empty_block_is_refused():
-    with pytest.raises(ValueError, match="length must be at least 1"):
+    with pytest.raises(ValueError, match="length of at least 1"):
         averaged(lambda path, shape: curvax.Block(0), "dense/kernel", (4, 5))
 
 

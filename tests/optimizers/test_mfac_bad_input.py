@@ -52,7 +52,7 @@ def test_gradients_that_do_not_match_the_window_are_named_by_path(density):
     state = tx.init({"a": jnp.ones(3), "b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"the gradients has b of shape \(4,\), params has b"):
         tx.update({"a": jnp.ones(3), "b": jnp.ones(4)}, state)
-    with pytest.raises(ValueError, match="no further leaf"):
+    with pytest.raises(ValueError, match="no more leaves"):
         tx.update({"a": jnp.ones(3)}, state)
 
 

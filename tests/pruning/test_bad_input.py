@@ -53,7 +53,7 @@ def test_damping_is_positive(damping):
                 "structure": pruning.OutputUnits(coupled=(("dense/kernel", "dense/bias"),)),
                 "min_density": 0.1,
             },
-            "coupled units are in several leaves",
+            "coupled units span several leaves",
         ),
         ({"sparsity": {"(": 0.5}}, "sparsity's keys are patterns that re.search takes"),
         (
@@ -220,5 +220,5 @@ def test_nor_one_of_a_layer():
 
 
 def test_a_mask_that_leaves_nothing_of_a_layer_is_an_error():
-    with pytest.raises(ValueError, match="mask leaves no weight"):
+    with pytest.raises(ValueError, match="mask keeps no weight"):
         pruning.prune_layer(jnp.ones((4, 3)), jnp.eye(4), None, mask=jnp.zeros((4, 3), bool))

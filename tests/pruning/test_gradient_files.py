@@ -203,7 +203,7 @@ class TestAnotherCollectionIsUnfinished:
     def test_a_foreign_marker_is_an_error(self, tmp_path):
         for name in ("gradients.json", "unfinished.json"):
             (tmp_path / name).write_text("{}")
-            with pytest.raises(ValueError, match=rf"{name} is not by collect_gradients"):
+            with pytest.raises(ValueError, match=rf"{name} is damaged or not from"):
                 collect(tmp_path)
             (tmp_path / name).unlink()
 

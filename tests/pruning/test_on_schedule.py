@@ -805,7 +805,7 @@ def test_an_axis_that_a_leaf_does_not_have_is_an_error(axis):
         ({"distribution": "layer"}, "distribution must be one of 'global', .* got 'layer'"),
         ({"structure": (2, 4)}, r"structure must be None or NM\(n, m\), got \(2, 4\)"),
         ({"structure": pruning.NM(4, 2)}, "needs n <= m"),
-        ({"structure": pruning.NM(2, 4), "distribution": "erk"}, "leave one of them out"),
+        ({"structure": pruning.NM(2, 4), "distribution": "erk"}, "drop the structure"),
         ({"layout": "torch"}, "layout must be one of"),
         ({"regrow": 2.0}, "regrow must be a number"),
         ({"regrow": 0.1, "structure": pruning.NM(2, 4)}, "regrow breaks the groups"),

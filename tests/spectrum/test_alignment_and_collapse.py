@@ -43,9 +43,9 @@ class TestAlignment:
     @pytest.mark.parametrize(
         ("first", "second", "message"),
         [
-            (np.eye(3), np.eye(2), "square matrices of one shape"),
-            (np.ones((3, 2)), np.ones((3, 2)), "square matrices of one shape"),
-            (np.eye(3), np.ones((3, 3)), "is zero, after centering"),
+            (np.eye(3), np.eye(2), "square and of the same shape"),
+            (np.ones((3, 2)), np.ones((3, 2)), "square and of the same shape"),
+            (np.eye(3), np.ones((3, 3)), "is zero .after centering"),
             (np.eye(3), np.full((3, 3), np.nan), "must be finite"),
         ],
     )
@@ -109,7 +109,7 @@ class TestCollapse:
             (np.ones((4, 2)), np.zeros(4, int), None, "at least two classes"),
             (np.ones((4, 2)), np.zeros(3, int), None, r"of shape \(N, d\)"),
             (np.ones((4, 2)), np.array([0.0, 0, 1, 1]), None, "integers"),
-            (np.ones((4, 2)), np.array([0, 0, 1, 1]), None, "angles are not defined"),
+            (np.ones((4, 2)), np.array([0, 0, 1, 1]), None, "angles are undefined"),
             (np.full((4, 2), np.inf), np.array([0, 0, 1, 1]), None, "must be finite"),
             (np.eye(4), np.array([0, 0, 2, 2]), np.ones((4, 3)), "all classes must occur"),
             (np.eye(4), np.array([0, 0, 1, 1]), np.ones((2, 4)), "Equinox's weight"),

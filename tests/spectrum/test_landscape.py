@@ -108,7 +108,7 @@ def test_the_losses_of_bfloat16_parameters_are_those_of_wide_ones():
         ([START, END], BATCHES, {"num_points": 1}, "num_points must be an integer of at least 2"),
         ([START, END["out"]], BATCHES, {}, "must match params leaf for leaf"),
         ([START, END], [], {}, "batches are empty"),
-        ([START, END], BATCHES, {"select": lambda *_: False}, "no leaf of the parameters moves"),
+        ([START, END], BATCHES, {"select": lambda *_: False}, "at least one real leaf"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(path, batches, options, message):

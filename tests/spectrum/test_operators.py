@@ -432,7 +432,7 @@ class TestBadInput:
         def dropout_loss(w, part):
             return jnp.sum(jax.random.bernoulli(part, 0.5, w.shape) * w**2)
 
-        with pytest.warns(UserWarning, match="two products of the same vector differ"):
+        with pytest.warns(UserWarning, match="two products with the same vector differ"):
             spectrum.hessian_operator(dropout_loss, jnp.ones(20), Noisy())
         with warnings.catch_warnings():
             warnings.simplefilter("error")

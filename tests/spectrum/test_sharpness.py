@@ -248,13 +248,13 @@ def test_plots_draw_on_given_axes_and_touch_nothing_global():
     trace = spectrum.trace(operator, key=jax.random.key(0), num_probes=2)
     assert spectrum.plot_layer_traces(trace, ax=axes[3]) is axes[3]
     by_parts = spectrum.trace(operator, key=jax.random.key(0), num_probes=2, method="hutch++")
-    with pytest.raises(ValueError, match='no values by leaf: use method="hutchinson"'):
+    with pytest.raises(ValueError, match='no values per leaf: use method="hutchinson"'):
         spectrum.plot_layer_traces(by_parts)
 
 
 def test_hidden_parts_of_the_params_are_an_error_that_says_where_to_put_it():
     tx = optax.masked(spectrum.track_sharpness(0.1), {"a": True, "b": False})
-    with pytest.raises(ValueError, match="put it in the outer chain, outside them"):
+    with pytest.raises(ValueError, match="put it in a chain outside them"):
         tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})
 
 

@@ -206,8 +206,8 @@ class BlockInverse:
     def _kept_columns(self) -> Columns:
         if self.columns is None:
             raise ValueError(
-                "a product in sample space needs the gradients, and those of a stream are not "
-                "kept: pass arrays, or np.memmap arrays, in place of the iterator."
+                "a product in sample space needs the gradients, but those of a stream are not "
+                "kept: pass arrays or np.memmap arrays in place of the iterator."
             )
         return self.columns
 

@@ -1,7 +1,7 @@
 """The two dense kernels of the inverse: the Gram matrix of rows, and squares below a triangle.
 
-A few columns are taken at a time. On a CPU they stay in a processor's cache. A TPU arranges rows of
-several axes anew before it multiplies them, and would copy all of them.
+A few columns are taken at a time. On a CPU they stay in a processor's cache. A TPU rearranges rows
+of several axes before it multiplies them, and would copy all of them.
 """
 
 import math

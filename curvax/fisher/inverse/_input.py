@@ -41,7 +41,7 @@ def checked_preparation(
     number = len(leaves[0])
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in leaves)
     if real_part and not is_complex:
-        raise ValueError("real_part=True is for complex gradients; these are real.")
+        raise ValueError("real_part=True needs complex gradients, got real ones.")
     if centered and number < 2:
         raise ValueError("centered=True needs at least two gradients, got one.")
     if weights is not None:
@@ -53,7 +53,7 @@ def checked_preparation(
 def _check_weights(weights: Any, number: int) -> None:
     if jnp.shape(weights) != (number,):
         raise ValueError(
-            f"weights must have shape ({number},), one for each gradient, got {jnp.shape(weights)}."
+            f"weights must have shape ({number},), one per gradient, got {jnp.shape(weights)}."
         )
     if is_traced(weights):
         return

@@ -36,9 +36,9 @@ _Part = FullInverse | BlockInverse
 class InverseFisher:
     r"""$F^{-1}$, the inverse of $F = \lambda I + \frac1n \sum_i w_i g_i^* g_i^T$, factored.
 
-    Made by `curvax.inverse_fisher`. Of gradients on devices it is a pytree of arrays, which may be
+    Made by `curvax.inverse_fisher`. For gradients on devices it is a pytree of arrays, which can be
     made, used, returned and differentiated inside ``jax.jit``, ``jax.vmap`` and ``jax.shard_map``.
-    Of gradients on the host its methods are called from there; what they compute is compiled.
+    For gradients on the host, call its methods from the host; their computations are compiled.
 
     Attributes:
       parts: the inverse of each range of leaves that are inverted together.
@@ -68,26 +68,27 @@ class InverseFisher:
 
         The rounding error of $v$ itself, outside the span of the gradients, is multiplied by
         $1 / \lambda$: a product of the order of $v / F_{ii}$ has an error of about
-        $F_{ii} / \lambda$ ulps. Nothing can be done about that here. But where $v$ is a combination
-        of the gradients, $v = G^T s$, as a mean gradient is, `solve_in_sample_space` takes $s$ and
-        loses no digits.
+        $F_{ii} / \lambda$ ulps. That loss is unavoidable here. But if $v$ is a combination of the
+        gradients, $v = G^T s$, such as a mean gradient, `solve_in_sample_space` takes $s$ and loses
+        no digits.
 
         Args:
-          vector: $v$, a tree like one gradient; an array of shape (d,) where the gradients are
-            one array of shape (m, d).
+          vector: $v$, a tree like one gradient; an array of shape (d,) if the gradients are one
+            array of shape (m, d).
 
         Returns:
           A tree like ``vector``, in the dtype of the computation.
 
         Raises:
-          ValueError: if ``vector`` does not match the gradients, or is complex and they are real.
+          ValueError: if ``vector`` does not match the gradients, or is complex while they are real.
         """
         pairs = self._vectors(vector)
         leaves = [leaf for part, vectors in pairs for leaf in part.solve(vectors)]
         return jax.tree.unflatten(jax.tree.structure(vector), leaves)
 
     def solve_in_sample_space(self, samples: jax.typing.ArrayLike) -> PyTree:
-        r"""$F^{-1} G^T s$, the product with a combination of the gradients, without cancellation.
+        r"""$F^{-1} G^T s$, the product with a combination of the gradients, computed without
+        cancellation.
 
         By the push-through identity, with $K = n \lambda I + G G^T$,
 
@@ -99,7 +100,7 @@ class InverseFisher:
         $\sum_i w_i (g_i - \bar g) s_i$, with the rows $\sqrt{w_i} (g_i - \bar g)$ of $G$ and
         $\sqrt{w_i} s_i$ in place of $s_i$. Complex gradients are conjugated, $F^{-1} G^H s$, and
         with ``real_part`` the real part of $G^H s$ is taken. In float32, at a damping of $10^{-7}$,
-        where `solve` of the sum is right to two digits, this is to four.
+        this is accurate to four digits where `solve` of the sum is accurate to two.
 
         Args:
           samples: $s$, of shape (m,), or several of them as rows (k, m).
@@ -108,7 +109,7 @@ class InverseFisher:
           A tree like one gradient, or with leaves of shape ``(k, *leaf.shape)``.
 
         Raises:
-          ValueError: if ``samples`` has another shape, is complex where the gradients are real, or
+          ValueError: if ``samples`` has another shape, is complex while the gradients are real, or
             the gradients came as a stream, which is not kept.
 
         Example:
@@ -125,8 +126,8 @@ class InverseFisher:
         rows = jnp.atleast_2d(jnp.asarray(samples))
         if rows.shape[1:] != (self.num_grads,) or jnp.ndim(samples) > 2:
             raise ValueError(
-                f"samples must have shape ({self.num_grads},) or (k, {self.num_grads}), a number "
-                f"for each gradient, got {jnp.shape(samples)}."
+                f"samples must have shape ({self.num_grads},) or (k, {self.num_grads}), one number "
+                f"per gradient, got {jnp.shape(samples)}."
             )
         if not self.parts[0].takes_complex_samples:
             _check_real("samples", [rows])
@@ -143,13 +144,13 @@ class InverseFisher:
         insensitive to errors of $c$.
 
         Args:
-          vector: $v$, as `solve` takes it.
+          vector: $v$, as in `solve`.
 
         Returns:
           A real scalar.
 
         Raises:
-          ValueError: as `solve`.
+          ValueError: as in `solve`.
         """
         forms = [part.quadratic_form(vectors) for part, vectors in self._vectors(vector)]
         return sum(forms[1:], start=forms[0])
@@ -164,7 +165,8 @@ class InverseFisher:
         return sum(logs[1:], start=logs[0])
 
     def sample(self, key: jax.Array | int) -> PyTree:
-        r"""A draw of the normal distribution $N(0, F^{-1})$, such as a Laplace approximation.
+        r"""Draws a sample from the normal distribution $N(0, F^{-1})$, as for a Laplace
+        approximation.
 
         With standard normal $z$ and $y$, $F^{-1} (\sqrt\lambda\, z + G^H y / \sqrt n)$ has the
         covariance $F^{-1} F F^{-1}$. A block that is inverted directly, $n A = C C^H$, gives
@@ -195,7 +197,7 @@ class InverseFisher:
         return self.treedef.unflatten(leaf for part in self.parts for leaf in part.diagonal())
 
     def element(self, i: int, j: int) -> jax.Array:
-        r"""One entry $[F^{-1}]_{ij}$, at the cost of $O(m^2)$.
+        r"""One entry $[F^{-1}]_{ij}$, in $O(m^2)$.
 
         Args:
           i: the row, counted as ``jax.flatten_util.ravel_pytree`` counts a gradient's entries.
@@ -264,51 +266,51 @@ def inverse_fisher(
     \left[F^{-1}\right]_{ab} = \frac1\lambda \left(\delta_{ab} - W_a^T W_b\right)
     $$
 
-    in $O(d m^2)$ to prepare and $O(d m)$ a product, as the paper's recurrence over the gradients,
-    but as products of matrices. With a ``block_size`` $B$, $F$ is replaced by its blocks along the
-    diagonal. A block no larger than $m$, or the whole matrix if it is, is inverted directly,
-    $m A = m \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
-    $m\,(C^{-1})^2$, which subtracts nothing.
+    in $O(d m^2)$ to prepare and $O(d m)$ per product, like the paper's recurrence over the
+    gradients, but with matrix products. With a ``block_size`` $B$, $F$ is replaced by its diagonal
+    blocks. A block, or the whole matrix, that is no larger than $m$ is inverted directly, $m A = m
+    \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
+    $m\,(C^{-1})^2$, which involves no subtraction.
 
     Complex gradients, such as those of a wave function's logarithm, give the Hermitian
     $F = \lambda I + \frac1m G^H G$, whose entries are those of the quantum geometric tensor.
 
     Gradients on devices may be traced: the function is pure, and works under ``jax.jit``,
-    ``jax.vmap``, ``jax.shard_map`` (on what each device holds) and ``jax.grad``. What depends on
-    values, such as that gradients are finite, is then not checked.
+    ``jax.vmap``, ``jax.shard_map`` (on what each device holds) and ``jax.grad``. Conditions on
+    values, such as finite gradients, are then not checked.
 
     Args:
       grads: an array of shape (m, d), or a tree of arrays of shape ``(m, *leaf.shape)``. NumPy
         arrays, including memory maps of files, stay on the host and reach the device a few columns
-        at a time. An iterator yields chunks of rows as such trees, each reduced to the blocks and
-        discarded, so that the number of gradients is not bounded by memory; it needs a
-        ``block_size``, and memory for $d B$ numbers.
+        at a time. An iterator yields such trees as chunks of rows; each is added to the blocks and
+        discarded, so the number of gradients is not limited by memory. It needs a ``block_size``,
+        and memory for $d B$ numbers.
       damping: $\lambda$, positive.
-      weights: $w$, of shape (m,), at least zero: $F = \lambda I + \sum_i w_i g_i g_i^T / n$ with
-        $n = \sum_i w_i$ in place of $m$, as for examples drawn with other probabilities.
-      centered: whether the mean of the gradients, weighted, is subtracted from them: $F$ is then
-        their covariance matrix.
-      real_part: whether, for complex gradients by real parameters, $F$ is the real part of the
-        matrix. Real and imaginary parts then count as two rows of each gradient.
+      weights: $w$, of shape (m,), at least zero: $F = \lambda I + \sum_i w_i g_i g_i^T / n$ with $n
+        = \sum_i w_i$ in place of $m$, for example for importance sampling.
+      centered: whether to subtract the weighted mean of the gradients, so that $F$ uses their
+        covariance matrix.
+      real_part: whether, for complex gradients with respect to real parameters, $F$ is the real
+        part of the matrix. The real and imaginary parts of each gradient are then two rows.
       block_size: the number of columns in a block; None for the full matrix.
       block_scope: ``"tree"`` flattens the tree and cuts it into blocks regardless of leaves, as
-        published; ``"leaf"`` starts anew at each leaf, and without a ``block_size`` makes one
-        block of each.
-      mesh: the devices over which the blocks are spread, without communication between them.
-        Without a ``block_size`` each leaf keeps its own sharding, and no mesh is needed.
+        published; ``"leaf"`` starts a new block at each leaf, and without a ``block_size`` makes
+        each leaf one block.
+      mesh: the devices over which to spread the blocks, without communication between them. Without
+        a ``block_size`` each leaf keeps its own sharding and no mesh is needed.
       dtype: the dtype of the computation; by default that of ``grads``, float32 or wider.
         ``jnp.float64`` needs ``jax_enable_x64``.
-      workspace_bytes: about how much memory may be used at a time for the blocks that are inverted,
-        or for the columns on the device.
+      workspace_bytes: approximate memory to use at a time for the blocks being inverted, or for the
+        columns on the device.
 
     Returns:
       The inverse, with ``.solve(v)``, ``.solve_in_sample_space(s)``, ``.quadratic_form(v)``,
       ``.diagonal()``, ``.element(i, j)``, ``.logdet()`` and ``.sample(key)``.
 
     Raises:
-      ValueError: if ``damping`` is not positive, ``grads`` hold no gradient, integers, NaN or
-        infinity, leaves differ in their number of rows, ``weights`` do not match, or a stream
-        comes without a ``block_size``.
+      ValueError: if ``damping`` is not positive, ``grads`` hold no gradient or contain integers,
+        NaN or infinity, leaves differ in their number of rows, ``weights`` do not match, or a
+        stream comes without a ``block_size``.
 
     Example:
       >>> import jax.numpy as jnp, curvax
@@ -397,7 +399,7 @@ def _of_stream(
         raise ValueError(
             "a stream of gradients is reduced to blocks over the tree: it needs a block_size and "
             f"block_scope='tree', got block_size={block_size} and block_scope={block_scope!r}. "
-            "For the full matrix write the gradients to np.memmap arrays and pass those."
+            "For the full matrix, write the gradients to np.memmap arrays and pass those."
         )
     first = next(chunks, None)
     if first is None:

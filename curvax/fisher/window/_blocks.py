@@ -73,10 +73,11 @@ class Blocks(NamedTuple):
             devices = math.prod(sharding.mesh.shape[n] for n in _mesh_axes(names))
             if cuts % devices:
                 raise ValueError(
-                    f"M-FAC's sparse rows keep blocks of a leaf on one device. Axis {axis} of "
-                    f"{name}, of shape {self.shape}, is cut into {cuts}, which {devices} devices "
-                    f"({names!r}) do not divide. Shard another axis, or this one over fewer "
-                    "devices, replicate the leaf if it is small, or use dense rows (density=None)."
+                    f"M-FAC's sparse rows keep each block of a leaf on one device. Axis {axis} of "
+                    f"{name}, of shape {self.shape}, is cut into {cuts} parts, which cannot be "
+                    f"divided evenly among {devices} devices ({names!r}). Shard another axis, or "
+                    "this one over fewer devices, replicate the leaf if it is small, or use dense "
+                    "rows (density=None)."
                 )
 
     def split(self, leaf: jax.Array) -> jax.Array:

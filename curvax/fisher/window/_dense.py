@@ -11,7 +11,7 @@ sums rounded once. (A flat leaf of few rows is summed in one go, for speed.) Wit
 are its leading, middle and last bits: products of two bfloat16 numbers are exact in float32, no row
 is ever converted, and XLA's CPU backend, which would convert all rows for a single column,
 multiplies several unconverted. GPUs and TPUs, which add up tiles, take one column in float32: for
-several they would copy the rows, or arrange them anew.
+several they would copy or rearrange the rows.
 """
 
 import math

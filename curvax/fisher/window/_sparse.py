@@ -2,7 +2,7 @@ r"""The sliding window of sparse gradients: the largest entries of each block.
 
 A row keeps the $k$ largest entries of each block of a leaf, as values and 16-bit positions; the
 rest goes into the optimizer's error feedback, so that over time every entry counts. At a density of
-1 % a gradient takes 0.06 bytes an entry instead of 4.
+1 % a gradient takes 0.06 bytes per entry instead of 4.
 """
 
 import functools

@@ -1,1 +1,1 @@
-"""Pruning layer by layer, so that each layer's outputs stay what they are."""
+"""Pruning layer by layer, preserving each layer's outputs."""

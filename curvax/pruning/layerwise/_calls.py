@@ -1,4 +1,4 @@
-"""How a layer of Flax, Linen or NNX, reads its inputs: as rows of features for its kernel."""
+"""How a Flax layer (Linen or NNX) reads its inputs: as rows of features for its kernel."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ def reader_of(kind: str, layer: Any, kernel_shape: Shape, rank: int) -> Reader |
       The reader, or a reason.
     """
     if kind == _SUBCLASS:
-        return "its class changes what Flax's layer does"
+        return "its class overrides methods of the Flax layer"
     if kind == "einsum":
         found = _einsum(layer.einsum_str, rank)
     elif kind == "conv":
@@ -75,13 +75,13 @@ def reader_of(kind: str, layer: Any, kernel_shape: Shape, rank: int) -> Reader |
     if isinstance(found, str):
         return found
     if len(found.layout.letters) != len(kernel_shape):
-        return f"its kernel of shape {kernel_shape} is stacked, by nn.scan or vmap for example"
+        return f"its kernel of shape {kernel_shape} is stacked, for example by nn.scan or vmap"
     return found
 
 
 def _general(layer: Any, rank: int) -> Reader | str:
     if getattr(layer, "batch_dims", ()) or getattr(layer, "batch_axis", ()):
-        return "its kernel has batch axes, each with inputs of its own"
+        return "its kernel has batch axes, each with its own inputs"
     outputs = getattr(layer, "features", None) or layer.out_features
     axes = sorted(axis % rank for axis in _as_tuple(layer.axis))
     split = len(axes)
@@ -92,13 +92,13 @@ def _general(layer: Any, rank: int) -> Reader | str:
 
 def _conv(layer: Any) -> Reader | str:
     if layer.feature_group_count != 1:
-        return "its convolution has groups, each with inputs of its own"
+        return "its convolution has groups, each with its own inputs"
     if any(size != 1 for size in _as_tuple(layer.input_dilation or 1)):
         return "its convolution dilates the inputs"
     if layer.mask is not None:
-        return "its convolution has a mask of its own"
+        return "its convolution has its own mask"
     if isinstance(layer.padding, str) and layer.padding not in PADDINGS:
-        return f"its padding {layer.padding!r} is none that is known here"
+        return f"its padding {layer.padding!r} is not supported"
     window = _as_tuple(layer.kernel_size)
     last = len(window)
     layout = KernelLayout(spatial=tuple(range(last)), fan_in=(last,), fan_out=(last + 1,))
@@ -113,7 +113,7 @@ def _conv(layer: Any) -> Reader | str:
 def _einsum(equation: str | None, rank: int) -> Reader | str:
     """Of a contraction of inputs with a kernel, ``"...d,dhk->...hk"``."""
     if equation is None:
-        return "its equation is given when it is called"
+        return "its equation is given only in the call"
     left, outputs = equation.replace(" ", "").split("->")
     inputs, kernel = left.split(",")
     summed = [label for label in kernel if label not in outputs]

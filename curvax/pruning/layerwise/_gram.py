@@ -34,14 +34,14 @@ class InputGram(NamedTuple):
 
 
 def input_gram(inputs: Inputs, fan_in: int | Shape | None = None) -> InputGram:
-    r"""Sums $X^T X / n$ over the inputs of a layer, in float32 or wider.
+    r"""Computes $X^T X / n$ over the inputs of a layer, in float32 or wider.
 
-    One array is held at a time, so that a generator of activations may be longer than memory.
+    One array is held at a time, so a generator may yield more activations than fit in memory.
 
     Args:
       inputs: an array of shape ``(..., *fan_in)`` or ``(..., features)``, or an iterable of them;
         leading axes, such as batch and positions, are rows.
-      fan_in: the sizes of the kernel's axes that are summed over; None for the last axis alone.
+      fan_in: the sizes of the kernel axes that are summed over; None for the last axis only.
 
     Returns:
       The Gram matrix and the number of rows.
@@ -66,12 +66,12 @@ def input_gram(inputs: Inputs, fan_in: int | Shape | None = None) -> InputGram:
         num_rows += array.size // size
         if not bool(jnp.isfinite(jnp.trace(total))):
             raise ValueError(
-                f"inputs must be finite, got NaN or infinity in array {number} of them: leave that "
-                "batch out, or look for what overflows before the layer."
+                f"inputs must be finite, got NaN or infinity in array {number}: skip that batch, "
+                "or check what overflows before the layer."
             )
     if total is None or not num_rows:
         raise ValueError(
-            "inputs hold no rows: give an array (..., features) or an iterable of such arrays; a "
+            "inputs have no rows: pass an array (..., features) or an iterable of such arrays; a "
             "generator can be read only once."
         )
     return InputGram(total / num_rows, num_rows)
@@ -99,7 +99,7 @@ def _num_features(array: jax.Array, fan_in: Shape | None) -> int:
             else ""
         )
         raise ValueError(
-            f"inputs must end in the kernel's axes of fan-in, (..., {str(wanted)[1:-1]}) or "
+            f"inputs must end in the kernel's fan-in axes, (..., {str(wanted)[1:-1]}) or "
             f"(..., {size}), got shape {shape}{patches}."
         )
     if not size:
@@ -143,14 +143,14 @@ def conv_patches(
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
 ) -> jax.Array:
-    """The patches that a convolution sees, so that it is a dense layer of them.
+    """Extracts the patches that a convolution sees, on which it acts as a dense layer.
 
     Args:
       images: of shape ``(..., *spatial, channels)``, channels last as in Flax.
       window: the sizes of the kernel's window.
       strides: the strides of the window.
-      padding: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` as Flax has
-        them, or the numbers of zeros before and after each axis.
+      padding: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` as in Flax, or
+        the numbers of zeros before and after each axis.
       dilation: the dilation of the kernel.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Pruning of a layer so that its outputs stay what they are: SparseGPT, OBC, Wanda, magnitudes."""
+"""Pruning of a layer that preserves its outputs: SparseGPT, OBC, Wanda, magnitudes."""
 
 import math
 import warnings
@@ -28,8 +28,7 @@ class LayerResult(NamedTuple):
       error: $\|X (W - \hat W)\|^2 / \|X W\|^2$ on the given inputs.
       damping: the $\lambda$ that was added to the diagonal of $X^T X / n$.
       num_rows: the number of inputs $n$.
-      num_dead: how many input features are zero in all inputs; their weights are the first that
-        are pruned.
+      num_dead: the number of features that are zero in all inputs; their weights are pruned first.
     """
 
     kernel: jax.Array
@@ -75,48 +74,48 @@ def prune_layer(
 
     | update | |
     |---|---|
-    | ``"sweep"`` | each feature's error is made up for by the features after it, as published |
+    | ``"sweep"`` | later features compensate for each feature's error, as published |
     | ``"joint"`` | the least squares solution for the pruned weights, by conjugate gradients |
     | ``"none"`` | nothing |
 
     Without a structure, ``"obs"`` prunes the same share of each block of ``block_size`` features,
     over all output units, and ``"greedy"`` compares all units of the layer. Input features that
     are zero in all inputs ($H_{jj} = 0$) are pruned first. ``"greedy"`` takes time
-    $O(\text{features}^3 \cdot \text{outputs})$: it is for layers of a few hundred features. The
-    work is compiled; the function itself runs on the host and is not for use under ``jit``.
+    $O(\text{features}^3 \cdot \text{outputs})$: use it for layers of a few hundred features. The
+    computations are compiled, but the function runs on the host and does not work under ``jit``.
 
     With ``"obs"`` the sweep chooses the weights as published, and moves only later features; the
-    joint update then solves for all kept weights, which in small trained networks left a tenth to
-    nine tenths of the sweep's error, for some tens of products of $H$ with the kernel.
+    joint update then solves for all kept weights. In small trained networks this left a tenth to
+    nine tenths of the sweep's error, at the cost of some tens of products of $H$ with the kernel.
 
     Args:
       kernel: the weights, in any layout: ``(in, out)``, ``(in, heads, head_dim)``, ``HWIO``.
       inputs: what the layer sees: an array ``(..., *fan_in)``, an iterable of such arrays, summed
         into $H$ one at a time, or an `InputGram`. For a convolution ``fan_in`` is
         ``(*window, in)``: `conv_patches`.
-      sparsity: the share of zeros afterwards, in [0, 1), rounded down to whole weights, including
-        those already pruned by ``mask``. With N:M, None or $1 - n/m$. None without N:M prunes what
-        ``mask`` says and only updates the kept weights.
+      sparsity: the final fraction of zeros, in [0, 1), rounded down to whole weights, including
+        those already pruned by ``mask``. With N:M, None or $1 - n/m$. Without N:M, None prunes only
+        what ``mask`` says and updates the kept weights.
       method: which weights are pruned, see above.
       update: how the kept weights change, see above.
       structure: None for single weights; ``NM(n, m)`` keeps at most n of each m consecutive weights
         along the fan-in.
-      mask: a bool for each weight, False for those that are pruned in any case; their part of the
-        outputs is made up for too.
-      damping: $\lambda$ as a share of the mean of the diagonal of $X^T X / n$. Where the
+      mask: a bool for each weight, False for those to prune in any case; the update compensates for
+        them too.
+      damping: $\lambda$ as a fraction of the mean of the diagonal of $X^T X / n$. If the
         factorization fails, it is raised until it succeeds, with a warning.
-      block_size: of ``"obs"``.
-      order: in which order a sweep takes the features (with N:M, their groups): ``"natural"``, or
-        by decreasing ``"diagonal"`` of $H$.
-      layout: what the axes of ``kernel`` are, in letters (``"IOO"``) as `KernelLayout` has them;
+      block_size: the number of features per block of ``"obs"``.
+      order: the order of the features (with N:M, of their groups) in a sweep: ``"natural"``, or by
+        decreasing ``"diagonal"`` of $H$.
+      layout: the roles of the axes of ``kernel``, in the letters (``"IOO"``) of `KernelLayout`;
         ``"auto"`` knows ``(in, out)`` and ``HWIO`` with a square window.
 
     Returns:
-      The kernel, its mask, the relative error of the outputs, and what was found on the way.
+      The kernel, its mask, the relative error of the outputs, and statistics of the inputs.
 
     Raises:
       ValueError: if an option is out of range, shapes do not match, an entry is not finite, or
-        ``sparsity`` is below that of ``mask`` or not that of N:M.
+        ``sparsity`` is below that of ``mask`` or differs from that of N:M.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,13 +138,13 @@ def prune_layer(
     kernel, axes = jnp.asarray(kernel), layer_layout(jnp.shape(kernel), layout)
     check_layer("kernel", kernel, sparsity, options, axes, mask)
     if mask is not None and not np.any(mask):
-        raise ValueError("mask leaves no weight of kernel: nothing can be pruned or fitted.")
+        raise ValueError("mask keeps no weight of kernel: nothing is left to prune or fit.")
     sizes = tuple(kernel.shape[axis] for axis in axes.spatial + axes.fan_in)
     gram = inputs if isinstance(inputs, InputGram) else input_gram(inputs, sizes)
     if len(gram.matrix) > gram.num_rows:
         warnings.warn(
-            f"inputs have {gram.num_rows} rows for {len(gram.matrix)} features: the kept weights "
-            "are fitted to these few, and damping decides what they leave open; give more inputs.",
+            f"inputs have only {gram.num_rows} rows for {len(gram.matrix)} features, which leave "
+            "the fit of the kept weights underdetermined: pass more inputs.",
             stacklevel=2,
         )
     with context_of(kernel, gram.matrix):
@@ -160,12 +159,12 @@ def layer_layout(shape: tuple[int, ...], layout: KernelLayout | str) -> KernelLa
         found = KernelLayout.from_letters(layout) if isinstance(layout, str) else layout
     if found is None or found.unknown or not (found.fan_in and found.fan_out):
         raise ValueError(
-            f"the axes of a kernel of shape {shape} cannot be told from layout={layout!r}: name "
+            f"layout={layout!r} does not determine the axes of a kernel of shape {shape}: name "
             "them, 'IO' for (in, out), 'IOO' for (in, heads, head_dim), 'HWIO' for a convolution."
         )
     if found.stacked:
         raise ValueError(
-            f"layout {found.letters!r} has stacked axes, whose members have inputs of their own: "
+            f"layout {found.letters!r} has stacked axes, whose members have their own inputs: "
             "prune them one by one."
         )
     if len(found.letters) != len(shape):
@@ -191,7 +190,7 @@ def check_layer(
         raise ValueError(f"{path} must be finite, got NaN or infinity among its weights.")
     if mask is not None and (mask.shape != kernel.shape or mask.dtype != bool):
         raise ValueError(
-            f"mask must be of bool and of {path}'s shape {kernel.shape}, True for weights that are "
+            f"mask must be bool with {path}'s shape {kernel.shape}, True for weights that are "
             f"kept, got {mask.dtype} {mask.shape}."
         )
     if sparsity is not None:
@@ -205,14 +204,14 @@ def check_layer(
         _check_n_of_m(path, kernel.shape[axes.fan_in[-1]], sparsity, options.structure)
     elif sparsity is None and mask is None:
         raise ValueError(
-            "sparsity=None needs a mask, whose kept weights are updated, or structure=NM(n, m)."
+            "sparsity=None needs a mask, to update its kept weights, or structure=NM(n, m)."
         )
     elif sparsity is not None and mask is not None:
         present = 1 - int(np.count_nonzero(mask)) / mask.size
         if _target(sparsity, mask.size) < round(present * mask.size):
             raise ValueError(
-                f"sparsity={sparsity:.6g} of {path} is below the {present:.6g} of its mask, and "
-                "pruned weights stay so: raise it, or give sparsity=None to fit what mask keeps."
+                f"sparsity={sparsity:.6g} of {path} is below the {present:.6g} of its mask, but "
+                "pruned weights stay pruned: raise it, or use sparsity=None to fit what mask keeps."
             )
 
 
@@ -220,13 +219,13 @@ def _check_n_of_m(path: str, fan_in: int, sparsity: float | None, structure: NM)
     share = 1 - structure.n / structure.m
     if sparsity is not None and abs(sparsity - share) > 1e-9:
         raise ValueError(
-            f"{structure} prunes {share:.6g} of a layer, got sparsity={sparsity}: give None, or "
-            "leave the structure out."
+            f"{structure} prunes {share:.6g} of a layer, got sparsity={sparsity}: pass None, or "
+            "omit the structure."
         )
     if fan_in % structure.m:
         raise ValueError(
-            f"{structure} needs a fan-in that {structure.m} divides, got {fan_in} at {path}: leave "
-            "that layer out, or choose another m."
+            f"{structure} needs a fan-in divisible by {structure.m}, got {fan_in} at {path}: "
+            "exclude that layer, or choose another m."
         )
 
 
@@ -249,8 +248,8 @@ def pruned_layer(
     num_features = math.prod(kernel.shape[axis] for axis in axes.spatial + axes.fan_in)
     if gram.matrix.shape != (num_features, num_features):
         raise ValueError(
-            f"inputs have {len(gram.matrix)} features, the kernel of shape {kernel.shape} takes "
-            f"{num_features}: give the inputs of this layer."
+            f"inputs have {len(gram.matrix)} features, but the kernel of shape {kernel.shape} "
+            f"takes {num_features}: pass the inputs of this layer."
         )
 
     def as_matrix(array: Any) -> Any:
@@ -268,9 +267,9 @@ def pruned_layer(
     if not bool(jnp.all(jnp.isfinite(matrix))):
         raise ValueError("inputs must be finite, got NaN or infinity in their Gram matrix.")
     if bool(jnp.any(jnp.diagonal(matrix) < 0)):
-        raise ValueError("inputs have a negative diagonal in their Gram matrix: it is none.")
+        raise ValueError("inputs are not a Gram matrix: its diagonal has negative entries.")
     if dead.all():
-        raise ValueError("inputs are zero throughout: no weight of this layer matters to them.")
+        raise ValueError("inputs are all zero, so no weight of this layer matters.")
     pruned = np.zeros(weights.shape, bool) if mask is None else ~np.asarray(as_matrix(mask))
     target = None
     if options.structure is not None or sparsity is not None:

@@ -131,12 +131,12 @@ def _factored(gram: jax.Array, damping: float) -> tuple[jax.Array, float]:
         if bool(jnp.all(jnp.isfinite(jnp.diagonal(factor)))):
             break
         if not used <= 10 * enough:
-            raise ValueError("the Gram matrix of the inputs cannot be factored: it is none.")
+            raise ValueError("the Gram matrix of the inputs cannot be factored: it is not one.")
         used = max(10 * used, least)
     if used != damping:
         warnings.warn(
             f"the Gram matrix of the inputs is singular in {gram.dtype}: its damping was raised to "
-            f"{used / float(_scale(gram)):.1e} of the mean of its diagonal; give more inputs or a "
+            f"{used / float(_scale(gram)):.1e} of the mean of its diagonal; pass more inputs or a "
             "larger damping.",
             stacklevel=4,
         )

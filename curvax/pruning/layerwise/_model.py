@@ -1,4 +1,4 @@
-"""What a walk over the layers of a model needs to know of it."""
+"""What a walk over the layers of a model needs to know about it."""
 
 import abc
 from typing import Any, NamedTuple
@@ -83,8 +83,8 @@ class Recorder:
         return reader
 
     def lose(self, path: str) -> None:
-        """Notes that inputs of a layer could not be taken, so that what is known is not all."""
-        self.reasons[path] = "its inputs do not leave the transform around it, nn.scan for example"
+        """Notes that some inputs of a layer could not be captured."""
+        self.reasons[path] = "its inputs are inside a transform, for example nn.scan"
 
     def summary(self, recorded: dict[str, Sums]) -> Calls:
         """The calls whose sums have come out of the traced model."""
@@ -95,7 +95,7 @@ class Recorder:
 
 
 class Model(abc.ABC):
-    """A model of Linen or NNX, compiled for the layers whose sums are asked for."""
+    """A Linen or NNX model, compiled for the layers whose sums are requested."""
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[str, ...], Any] = {}

@@ -66,7 +66,7 @@ class _SumsAtOneTrace:
         self.by_path: dict[str, Sums] = {}
 
     def watch(self, layer: Any, kind: str, path: str) -> None:
-        """Makes a layer tell its inputs, by a class of its own."""
+        """Makes a layer report its inputs, through a subclass."""
         plain = type(layer)
 
         def call(layer: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ class LayerOptions(NamedTuple):
         ):
             raise ValueError(
                 "structure must be None or NM(n, m) along the fan-in for a layer, got "
-                f"{self.structure!r}; pruning.prune takes the others."
+                f"{self.structure!r}; for others use pruning.prune."
             )
 
     @property

@@ -10,13 +10,13 @@ from curvax.pruning._weights import Skipped, num_kept
 
 
 class PrunedLayer(NamedTuple):
-    r"""A layer that the walk has pruned.
+    r"""A layer pruned by `prune_layers`.
 
     Attributes:
       path: the path of its kernel in the params.
       size: the number of its weights.
       kept: how many of them are kept.
-      error: $\|X (W - \hat W)\|^2 / \|X W\|^2$, with its inputs after the layers before it.
+      error: $\|X (W - \hat W)\|^2 / \|X W\|^2$, with inputs from the pruned layers before it.
       num_rows: the number of rows of $X$.
       num_features: the number of its columns.
     """
@@ -40,7 +40,7 @@ class LayersResult(NamedTuple, Generic[Tree]):
     Attributes:
       params: the parameters; pruned weights are exactly zero.
       mask: a tree of bool like ``params``, True for what is kept.
-      layers: the pruned layers, in the order in which they are called.
+      layers: the pruned layers, in call order.
       unseen: the selected kernels that were not pruned, and why.
     """
 
@@ -60,7 +60,7 @@ class LayersResult(NamedTuple, Generic[Tree]):
         return num_kept(self.params, self.mask)
 
     def table(self) -> str:
-        """Sparsity and error of each pruned layer, of the whole model, and the unseen, as text."""
+        """Sparsity and error of each pruned layer and of the model, and unseen kernels, as text."""
         paths = [layer.path for layer in self.layers] + [layer.path for layer in self.unseen]
         width = max(map(len, ["total", *paths]))
         lines = [f"{'':{width}}  {'weights':>10}  {'sparsity':>8}  {'error':>8}"]

@@ -64,54 +64,52 @@ def prune_layers(
     order: Order = "natural",
     progress: bool = False,
 ) -> LayersResult[Tree]:
-    r"""Prunes a Flax model layer by layer, in the order in which its layers are called.
+    r"""Prunes a Flax model layer by layer, in call order.
 
     `prune_layer` prunes each layer with the inputs that the model gives it on ``batches`` after
-    the layers before it are pruned. A layer that is called several times sees all of its inputs.
-    Layers called one after the other on the same array, such as query, key and value, share one
-    pass.
+    the layers before it are pruned. A layer that is called several times uses all of its inputs.
+    Consecutive layers with the same input array, such as query, key and value, share one pass.
 
     Kernels of ``Dense``, ``DenseGeneral`` (those inside attention too), ``Conv`` and ``Einsum`` of
-    Linen, and of ``Linear``, ``LinearGeneral``, ``Conv`` and ``Einsum`` of NNX are pruned. Their
-    inputs cannot be taken inside ``nn.scan`` or ``nn.vmap``, of a module of one's own that keeps
-    its kernel itself, or in NNX inside any transform: such layers stay as they are, and are named
-    in ``unseen`` and in a warning.
+    Linen, and of ``Linear``, ``LinearGeneral``, ``Conv`` and ``Einsum`` of NNX are pruned. Inputs
+    cannot be captured inside ``nn.scan`` or ``nn.vmap``, for a custom module that holds its own
+    kernel, or in NNX inside any transform. Such layers are unchanged, and listed in ``unseen`` and
+    in a warning.
 
-    For each layer the model is compiled and runs over the batches up to that layer; only the sums
+    For each layer the model up to that layer is compiled and runs over the batches; only the sums
     $X^T X$ are kept. A model of $L$ layers runs about $L / 2$ times over the batches, which are
-    iterated anew for each layer.
+    iterated again for each layer.
 
     Args:
       model: a Linen module, or an NNX module, in evaluation mode; it is not changed.
-      params: the parameters: of Linen ``variables["params"]``; of NNX None for the model's own, or
-        ``nnx.state(model, nnx.Param)``, which is also what `LayersResult.params` is like:
+      params: the parameters: for Linen ``variables["params"]``; for NNX None for the model's own,
+        or ``nnx.state(model, nnx.Param)``. `LayersResult.params` has the same structure:
         ``nnx.update(model, result.params)``.
       batches: an iterable of the arguments of the call: for each batch a tuple or list of them, or
-        a single one; all inputs at once are ``[inputs]``. An iterator is read into a list first.
-      sparsity: as `prune_layer` takes it, for each layer; or a mapping of patterns (``re.search``
-        on paths) to sparsities, of which the first match counts, and kernels that match none are
-        not pruned.
+        a single one; pass all inputs at once as ``[inputs]``. An iterator is read into a list
+        first.
+      sparsity: as in `prune_layer`, for each layer; or a mapping from path patterns (``re.search``)
+        to sparsities, of which the first match applies; kernels that match none are not pruned.
       variables: Linen's other collections, such as ``batch_stats``.
-      call: how the model is called: the name of a method, or a function of the module and the
+      call: how to call the model: the name of a method, or a function of the module and the
         arguments, ``lambda module, x: module(x, train=False)``; by default ``module(*arguments)``.
-      method: as `prune_layer` takes it, like ``update``, ``structure``, ``damping``,
-        ``block_size`` and ``order``.
-      update: see ``method``.
-      distribution: "erk" (Erdős-Rényi-Kernel) prunes small layers less and large ones more, as
-        `prune` does, and keeps far more of a network at high sparsity; "uniform" gives each layer
-        the sparsity. By default "erk", and with a ``structure``, which fixes each layer's density,
-        "uniform".
-      structure: see ``method``.
-      mask: a tree of bool like ``params``, False for weights that are pruned in any case: the
-        layers that are pruned make up for them, and elsewhere they just become zero.
+      method: as in `prune_layer`.
+      update: as in `prune_layer`.
+      distribution: "erk" (Erdős-Rényi-Kernel) prunes small layers less and large ones more, as in
+        `prune`, and preserves a network far better at high sparsity; "uniform" gives each layer the
+        sparsity. The default is "erk", or "uniform" with a ``structure``, which fixes each layer's
+        density.
+      structure: as in `prune_layer`.
+      mask: a tree of bool like ``params``, False for weights to prune in any case. Pruned layers
+        compensate for them; elsewhere they just become zero.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
-      damping: see ``method``.
-      block_size: see ``method``.
-      order: see ``method``.
+      damping: as in `prune_layer`.
+      block_size: as in `prune_layer`.
+      order: as in `prune_layer`.
       progress: whether a progress bar is shown, by tqdm where that is installed.
 
     Returns:
-      The pruned parameters, their mask, the layers with their errors, and those not seen.
+      The pruned parameters, their mask, the layers with their errors, and the unseen kernels.
 
     Raises:
       ValueError: if an option is out of range, nothing can be pruned, a pattern matches nothing,
@@ -222,16 +220,16 @@ def _model_and_params(
 
     if isinstance(model, nn.Module):
         if params is None:
-            raise ValueError('params of a Linen module must be given: variables["params"].')
+            raise ValueError('a Linen module needs params: pass variables["params"].')
         warn_of_batch_stats(params)
         return LinenModel(model, variables or {}, call), params
     if not isinstance(model, nnx.Module):
         raise ValueError(
-            f"model must be a module of Flax, Linen or NNX, got {type(model)!r}: prune_layer takes "
-            "the kernel and the inputs of a layer of any other."
+            f"model must be a Flax module, Linen or NNX, got {type(model)!r}: for others, pass "
+            "each layer's kernel and inputs to prune_layer."
         )
     if variables is not None:
-        raise ValueError("variables belong to Linen; an NNX module holds its own: leave them out.")
+        raise ValueError("variables are only for Linen; an NNX module holds its own: omit them.")
     walked = NNXModel(model, call)
     return walked, walked.params() if params is None else params
 
@@ -239,7 +237,7 @@ def _model_and_params(
 def _first(batches: Iterable[Any]) -> Arguments:
     for batch in batches:
         return _arguments(batch)
-    raise ValueError("batches are empty: give at least one, the arguments of the model's call.")
+    raise ValueError("batches are empty: pass at least one, the arguments of the model's call.")
 
 
 def _arguments(batch: Any) -> Arguments:
@@ -281,7 +279,7 @@ def _unfit(calls: list[Call], leaves: _Leaves, structure: NM | None) -> dict[str
         return {}
     sizes = {c.path: leaves.params[c.path].shape[c.reader.layout.fan_in[-1]] for c in calls}
     return {
-        path: f"{structure.m} does not divide its fan-in of {size}"
+        path: f"its fan-in of {size} is not divisible by {structure.m}"
         for path, size in sizes.items()
         if size % structure.m
     }
@@ -308,7 +306,7 @@ def _groups(calls: list[Call]) -> list[list[Call]]:
 def _reasons(targets: Iterable[str], calls: Calls) -> dict[str, str]:
     """Why layers are not seen, by path."""
     seen = {call.path for call in calls.seen}
-    unknown = "no layer of Flax is called that has it as its kernel"
+    unknown = "no Flax layer that has it as its kernel is called"
     reasons = {path: calls.reasons.get(path, unknown) for path in targets if path not in seen}
     if not seen:
         raise _nothing_pruned(reasons)
@@ -318,8 +316,8 @@ def _reasons(targets: Iterable[str], calls: Calls) -> dict[str, str]:
 def _nothing_pruned(reasons: dict[str, str]) -> ValueError:
     listed = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
     return ValueError(
-        f"the inputs of none of the selected layers can be taken ({listed}): give prune_layer "
-        "the kernels and their inputs, or choose other layers with select."
+        f"the inputs of none of the selected layers can be captured ({listed}): pass the "
+        "kernels and their inputs to prune_layer, or select other layers."
     )
 
 
@@ -337,13 +335,13 @@ def _grams(
     for path, total in totals.items():
         if not bool(jnp.isfinite(jnp.trace(total.gram))):
             raise ValueError(
-                f"the inputs of {path} must be finite, got NaN or infinity: look at the batches, "
-                "and at what overflows before that layer."
+                f"the inputs of {path} must be finite, got NaN or infinity: check the batches and "
+                "what overflows before that layer."
             )
         if float(total.mismatch) > _LARGEST_MISMATCH:
             reasons[path] = "it computes with a kernel derived from the parameter"
         elif float(jnp.trace(total.gram)) == 0:
-            reasons[path] = "its inputs are zero throughout"
+            reasons[path] = "its inputs are all zero"
         else:
             grams[path] = InputGram(total.gram / rows[path], rows[path])
     return grams
@@ -363,21 +361,22 @@ def _warn(layers: list[PrunedLayer], unseen: tuple[Skipped, ...]) -> None:
     """One warning for layers that are empty, for those not pruned, and for those of few inputs."""
     if empty := ", ".join(layer.path for layer in layers if not layer.kept):
         warnings.warn(
-            f"mask leaves no weight in {empty}, which cuts the network: make it with min_density.",
+            f"mask keeps no weights in {empty}, which disconnects the network: make it with "
+            "min_density.",
             stacklevel=3,
         )
     if unseen:
         listed = "; ".join(f"{layer.path}: {layer.reason}" for layer in unseen)
         warnings.warn(
-            f"{len(unseen)} selected kernels were not pruned ({listed}): give prune_layer the "
-            "kernels and their inputs, or leave them out with select.",
+            f"{len(unseen)} selected kernels were not pruned ({listed}): pass them and their "
+            "inputs to prune_layer, or exclude them with select.",
             stacklevel=3,
         )
     few = [layer for layer in layers if layer.num_rows < layer.num_features]
     if few:
         listed = ", ".join(f"{x.path}: {x.num_rows} for {x.num_features}" for x in few)
         warnings.warn(
-            f"layers have fewer rows of inputs than features ({listed}): the kept weights are "
-            "fitted to these few, and damping decides what they leave open; give more batches.",
+            f"layers have fewer input rows than features ({listed}), which leave the fit of the "
+            "kept weights underdetermined: pass more batches.",
             stacklevel=3,
         )
