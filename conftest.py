@@ -11,5 +11,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 collect_ignore = ["docs/tools"]
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md"], excludes=["tests/**", "docs/notebooks/**"]
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["*.md"],
+    excludes=["tests/**", "docs/notebooks/**"],
 ).pytest()

@@ -443,8 +443,8 @@ def test_a_layout_that_does_not_fit_the_rank_is_an_error_that_says_what_to_do(va
     [
         ("HWIO", "layout must be one of 'auto', 'flax', 'out_first', 'haiku', 'a mapping"),
         ({"conv": "NHWC"}, "the letters I, O, D, H, W, L and \\?, got 'NHWC'"),
-        ({"(": "IO"}, "patterns that re.search takes, got '\\('"),
-        ({0: "IO"}, "patterns that re.search takes, got 0"),
+        ({"(": "IO"}, "patterns for re.search, got '\\('"),
+        ({0: "IO"}, "patterns for re.search, got 0"),
     ],
 )
 def test_what_is_no_layout_is_an_error_at_construction(layout, sentence):
@@ -594,7 +594,7 @@ def test_groups_run_along_the_fan_in_of_any_layout(structure, path, shape, axis)
 def test_an_open_axis_is_refused_by_structures_until_a_layout_names_it(structure):
     weights = np.random.default_rng(2).standard_normal((4, 4, 4))
     params = {"mix": {"kernel": jnp.asarray(weights, jnp.float32)}}
-    sentence = r"mix/kernel: its axes.*\(read as '\?\?\?'\): name them, with layout=.*'LIO'"
+    sentence = r"mix/kernel: its fan-in.*\(read as '\?\?\?'\): name them with layout=.*'LIO'"
     with pytest.raises(ValueError, match=sentence):
         pruned(params, structure)
     assert pruned(params, structure, layout={"mix": "LIO"}).mean() == 0.5

@@ -18,6 +18,7 @@ from curvax.pruning._options import OneShotOptions, PruneOptions
 MODULES = (curvax, curvax.fisher, curvax.pruning, curvax.spectrum)
 # Only the run knows the tree of an operator's vectors, or of one of several gradients.
 EXCEPTIONS = {
+    "for_nnx",  # what a model's loss returns, and trees of NNX
     "Eigenpairs.vectors",
     "InverseFisher.diagonal",
     "InverseFisher.sample",

@@ -205,8 +205,8 @@ def hessian_trace(
     $$
 
     The sum of $z \odot Hz$ over one leaf estimates the trace of that leaf's diagonal
-    block, so layer-wise traces are free. With Rademacher probes the variance is $\frac{2}{S}
-    \sum_{i \ne j} H_{ij}^2$.
+    block, so layer-wise traces are free. With Rademacher probes the variance is
+    $\frac{2}{S} \sum_{i \ne j} H_{ij}^2$.
 
     Args:
       fun: a loss ``fun(params, *args, **kwargs)`` that returns a real scalar, or

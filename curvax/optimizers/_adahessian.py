@@ -328,9 +328,9 @@ def adahessian(
         (``re.search``) to layouts, such as ``{"encoder/.*kernel": "LHWIO"}``
         (`curvax.KernelLayout`), or a function ``(path, shape) -> layout``, also to be named in
         ``static_args``. `curvax.averaging_table` shows the result.
-      update_interval: the number of steps $n$ between curvature refreshes. A refresh has weight $1
-        - \beta_2^n$, so ``b2`` remains a decay rate per step. A schedule's value below 1 counts as
-        1. See `curvax.refresh_due`.
+      update_interval: the number of steps $n$ between curvature refreshes. A refresh has weight
+        $1 - \beta_2^n$, so ``b2`` remains a decay rate per step. A schedule's value below 1 counts
+        as 1. See `curvax.refresh_due`.
       refresh_warmup: the number of initial steps that all refresh the curvature. With an interval
         above 1, use tens or hundreds of steps: ReLU units that are inactive at a single refresh
         have no curvature until the next.
@@ -343,11 +343,11 @@ def adahessian(
       clip_threshold: bound on the absolute value of each entry of the preconditioned step,
         before learning rate and decay. None is the published rule, whose steps are the gradient
         divided by ``eps`` where curvature vanishes.
-      nesterov: whether to use Nesterov momentum, as in ``optax.adam``: $\hat m_t = \beta_1 m_t / (1
-        - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 - \beta_1^t)$.
-      skip_zeros: whether to ignore estimates that are exactly zero. The entry then keeps its $\hat
-        v$; an entry without one uses the mean $\hat v$ of the entries of its leaf that have one.
-        Inactive units, and embedding rows that a batch does not use, have no curvature at most
+      nesterov: whether to use Nesterov momentum, as in ``optax.adam``:
+        $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1)\, g_t / (1 - \beta_1^t)$.
+      skip_zeros: whether to ignore estimates that are exactly zero. The entry then keeps its
+        $\hat v$; an entry without one uses the mean $\hat v$ of the entries of its leaf that have
+        one. Inactive units, and embedding rows that a batch does not use, have no curvature at most
         steps. The published average includes those zeros, so each use moves such an entry by more
         than Newton's step: better for rare words, worse for rare ids.
       weight_decay: the decoupled weight decay $\lambda$, multiplied by the learning rate. Divide a

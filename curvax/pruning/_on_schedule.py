@@ -87,9 +87,9 @@ def prune_on_schedule(
     The optimizer sees gradients, ``hessian_diag`` and ``obj_fn`` with zeros at the pruned weights,
     as with `keep_pruned`. The update of a pruned weight $w$ is $-w$, so the weight is zero
     afterwards; without ``regrow`` so are the optimizer's entries for it, such as the copy of the
-    weights in ``optax.contrib.schedule_free``. Read the mask with ``optax.tree.get(state,
-    "mask")``. A wrapper outside that keeps a copy of the weights, such as ``optax.lookahead``,
-    brings pruned ones back: apply the mask to the weights that you evaluate.
+    weights in ``optax.contrib.schedule_free``. Read the mask with
+    ``optax.tree.get(state, "mask")``. A wrapper outside that keeps a copy of the weights, such as
+    ``optax.lookahead``, brings pruned ones back: apply the mask to the weights that you evaluate.
 
     A new mask takes up to 31 passes over the scores (62 where many are equal) and temporary memory
     of about 12 bytes a weight; nothing is sorted, and on a mesh devices only exchange counts.

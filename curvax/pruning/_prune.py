@@ -84,8 +84,8 @@ def prune(
         leaf; None for all. Use `mask_of_zeros` for a network pruned earlier.
       select: ``(path, leaf) -> bool``, the leaves that are pruned; kernels by default.
       distribution: how the sparsity is distributed. ``"global"`` compares the scores of all leaves,
-        ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to $\sum_k n_k
-        / \prod_k n_k$ of a kernel's sizes $n_k$.
+        ``"uniform"`` prunes each leaf to it, ``"erk"`` makes densities proportional to
+        $\sum_k n_k / \prod_k n_k$ of a kernel's sizes $n_k$.
       min_density: the minimum fraction of each layer's weights to keep, rounded up. A layer is a
         leaf, or a member of a stacked leaf.
       normalize_scores: whether to divide scores by their mean in each layer before layers are

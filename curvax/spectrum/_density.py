@@ -74,8 +74,8 @@ def spectral_density(
         with the square root of the operator's size.
       probe_batch_size: the number of probes whose products are computed together, in one pass over
         the data: faster on an accelerator and with streamed data.
-      bandwidth: the standard deviation of the Gaussians; by default the range divided by ``2
-        order``.
+      bandwidth: the standard deviation of the Gaussians; by default the range divided by
+        ``2 order``.
       grid_size: the number of grid points.
       reorthogonalize: as in `lanczos`.
       progress: whether a progress bar is shown.

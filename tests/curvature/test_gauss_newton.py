@@ -238,7 +238,7 @@ def test_the_diagonal_feeds_adahessian(problem):
     [
         (lambda p, x, y: curvax.ggn_vp(network, "hinge", p, p, x, y), "loss must be one of"),
         (lambda p, x, y: curvax.ggn_vp(network, poisson, p, p, x, y[:2]), "leading axes"),
-        (lambda p, x, y: curvax.ggn_vp(network, poisson, p, {}, x, y), "tangent has no further"),
+        (lambda p, x, y: curvax.ggn_vp(network, poisson, p, {}, x, y), "tangent has no more"),
         (lambda p, x, y: curvax.fisher_vp(network, poisson, p, p, x, y), "is_likelihood=True"),
         (
             lambda p, x, y: curvax.fisher_vp(network, poisson, p, p, x, empirical=True),

@@ -68,7 +68,9 @@ def on_devices(*spec, devices=256):
 
 
 def test_a_block_across_devices_is_refused_by_name():
-    message = "Axis 1 of layers/kernel, of shape .4096, 4096., is cut into 128, .* 256 devices"
+    message = (
+        "Axis 1 of layers/kernel, of shape .4096, 4096., is cut into 128 parts, .* 256 devices"
+    )
     Blocks.of((4096, 4096)).check_devices("layers/kernel", on_devices("x"))
     Blocks.of((4096, 4096)).check_devices("layers/kernel", on_devices(None, "x", devices=128))
     with pytest.raises(ValueError, match=message):

@@ -232,7 +232,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("weights", "message"),
         [
-            (np.ones(6), r"shape \(7,\), one for each gradient, got \(6,\)"),
+            (np.ones(6), r"shape \(7,\), one per gradient, got \(6,\)"),
             (1.0, r"shape \(7,\)"),
             (np.full(7, -1.0), "finite and at least zero"),
             (np.full(7, np.nan), "finite and at least zero"),

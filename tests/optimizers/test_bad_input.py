@@ -20,7 +20,7 @@ pytestmark = pytest.mark.oldest
         ({"hessian_power": jnp.ones(2)}, "hessian_power must be a number"),
         ({"update_interval": 0}, "update_interval must be an integer of at least 1, got 0"),
         ({"update_interval": 2.5}, "update_interval must be an integer of at least 1"),
-        ({"refresh_warmup": -1}, "refresh_warmup must be .* at least 0, got -1; give the number"),
+        ({"refresh_warmup": -1}, "refresh_warmup must be .* at least 0, got -1; pass the number"),
         ({"refresh_warmup": 2.0}, "refresh_warmup must be an integer of at least 0, got 2.0"),
         ({"key": 0.5}, r"key must be a PRNG key, such as jax.random.key\(0\), or an integer seed"),
         ({"mode": "backwards"}, "mode must be one of 'forward_over_reverse'"),

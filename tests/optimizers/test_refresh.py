@@ -31,7 +31,7 @@ def test_arrays_are_judged_as_integers_are(interval, warmup):
 
 @pytest.mark.parametrize("bad", [-1, 1.5])
 def test_a_warmup_that_is_no_count_is_refused(bad):
-    with pytest.raises(ValueError, match=r"refresh_warmup must be .* give the number of first"):
+    with pytest.raises(ValueError, match=r"refresh_warmup must be .* pass the number of initial"):
         curvax.refresh_due(0, 5, bad)
 
 

@@ -84,14 +84,14 @@ class TestGlobal:
         params = network()
         params["dense"]["kernel"] *= 1e-6
         params["second_conv"]["kernel"] *= 1e-6
-        with pytest.warns(UserWarning, match="no weight in dense/kernel, second_conv/kernel,"):
+        with pytest.warns(UserWarning, match="no weights in dense/kernel, second_conv/kernel,"):
             result = by_magnitude(params, 0.95)
         assert kept(result)["dense"] == kept(result)["second_conv"] == 0
 
     def test_a_member_of_a_stack_that_vanishes_is_named(self):
         kernel = jax.random.normal(jax.random.key(0), (3, 8, 8)).at[1].multiply(1e-3)
         params = {"ScanBlock_0": {"Dense_0": {"kernel": kernel}}}
-        with pytest.warns(UserWarning, match=r"no weight in ScanBlock_0/Dense_0/kernel\[1\],"):
+        with pytest.warns(UserWarning, match=r"no weights in ScanBlock_0/Dense_0/kernel\[1\],"):
             by_magnitude(params, 0.5)
 
     def test_the_warning_points_at_the_callers_line(self):
@@ -349,7 +349,7 @@ class TestNormalizedScores:
         params = network()
         mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
         mask["head"]["kernel"] = jnp.zeros(SHAPES["head"], bool)
-        with pytest.warns(UserWarning, match="no weight in head/kernel"):
+        with pytest.warns(UserWarning, match="no weights in head/kernel"):
             result = by_magnitude(params, 0.5, mask=mask, normalize_scores=True)
         assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
@@ -358,7 +358,7 @@ class TestNormalizedScores:
         rows = jax.tree.map(lambda leaf: np.ones((2, *leaf.shape), np.float32), params)
         rows["head"]["kernel"][:] = 0
         options = {"method": "saliency", "normalize_scores": True}
-        with pytest.warns(UserWarning, match="no weight in head/kernel"):
+        with pytest.warns(UserWarning, match="no weights in head/kernel"):
             result = problems.prune(params, rows, 0.5, **options)
         assert kept(result)["head"] == 0
 
@@ -438,4 +438,4 @@ class TestCounts:
         assert rows[3] == ["total", "3,072", "1,536", "50.00%"]
         assert rows[4] == ["model", "3,443", "1,907", "44.61%"]
         assert [row[0] for row in rows[5:]] == ["first_conv/kernel", "head/kernel"]
-        assert "3 entries of axis 2" in result.table()
+        assert "axis 2 has 3 entries" in result.table()

@@ -302,7 +302,7 @@ class TestDamage:
             ("truncated", "is damaged"),
             ("emptied", "is damaged"),
             ("removed", "is damaged"),
-            ("float64", r"must hold float32 of shape \(5, 10\), it holds float64"),
+            ("float64", r"must hold float32 of shape \(5, 10\), but holds float64"),
         ],
     )
     @pytest.mark.parametrize("finished", [True, False])

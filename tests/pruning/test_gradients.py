@@ -131,7 +131,7 @@ def test_progress_is_shown_where_wanted(capsys):
 
 class TestBadInput:
     def test_fewer_batches_than_asked(self):
-        with pytest.raises(ValueError, match="batches gave 3 gradients, num_grads=4 asks for more"):
+        with pytest.raises(ValueError, match="batches gave 3 gradients, but num_grads=4"):
             collect(num_grads=4)
 
     @pytest.mark.parametrize("options", [{"num_grads": 0}, {"micro_batch_size": 0}])
@@ -158,7 +158,7 @@ class TestBadInput:
             collect(storage="disk")
 
     def test_examples_lie_along_the_first_axis(self):
-        with pytest.raises(ValueError, match="first axes"):
+        with pytest.raises(ValueError, match="first axis"):
             pruning.collect_gradients(
                 lambda w, x, y: jnp.sum(w) + jnp.sum(x) + jnp.sum(y),
                 jnp.ones(2),

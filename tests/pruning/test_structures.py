@@ -82,7 +82,7 @@ def test_output_units_go_together_and_the_lowest_mean_score_first():
     other = jnp.array([[0.5], [0.5], [0.5], [0.5]])
     params = {"a": {"kernel": kernel}, "b": {"kernel": other}}
     structure = pruning.OutputUnits()
-    with pytest.warns(UserWarning, match="left no weight in b/kernel"):
+    with pytest.warns(UserWarning, match="left no weights in b/kernel"):
         result = problems.prune(params, None, 0.6, method="magnitude", structure=structure)
     # Of ten weights six may go: two of the first leaf's second output, four of the other leaf.
     np.testing.assert_array_equal(result.mask["a"]["kernel"], [[True, False, True]] * 2)

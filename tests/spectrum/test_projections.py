@@ -60,7 +60,7 @@ def test_directions_of_another_shape_are_refused(directions):
 
 
 def test_examples_that_disagree_are_refused():
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="same number of examples"):
         spectrum.example_projections(
             loss_fn, PARAMS, (INPUTS, TARGETS[:3], jnp.array(1.0)), {"kernel": jnp.ones((1, 3, 2))}
         )

@@ -189,7 +189,7 @@ class TestBatchSizes:
 
     def test_a_batch_larger_than_the_data_is_an_error(self):
         one = problems.problem(dtype=jnp.float32)
-        with pytest.raises(ValueError, match="a batch size of 42 is above the 41 examples"):
+        with pytest.raises(ValueError, match="at most the 41 examples, got 42"):
             spectrum.batch_size_study(
                 loss_fn, one.params, (one.inputs, one.targets), [42], key=jax.random.key(0)
             )
@@ -230,7 +230,7 @@ class TestTangentKernel:
             spectrum.ntk_gram(lambda p, x: network(p, x).sum(), one.params, one.inputs)
         with pytest.raises(ValueError, match="inputs are empty"):
             spectrum.ntk_gram(network, one.params, one.inputs[:0])
-        with pytest.raises(ValueError, match="more than the 164 outputs"):
+        with pytest.raises(ValueError, match="at most the 164 outputs"):
             spectrum.ntk_eigenpairs(network, one.params, one.inputs, 165)
         with pytest.raises(ValueError, match="micro_batch_size must be"):
             spectrum.ntk_gram(network, one.params, one.inputs, micro_batch_size=0)

@@ -268,8 +268,8 @@ def inverse_fisher(
 
     in $O(d m^2)$ to prepare and $O(d m)$ per product, like the paper's recurrence over the
     gradients, but with matrix products. With a ``block_size`` $B$, $F$ is replaced by its diagonal
-    blocks. A block, or the whole matrix, that is no larger than $m$ is inverted directly, $m A = m
-    \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
+    blocks. A block, or the whole matrix, that is no larger than $m$ is inverted directly,
+    $m A = m \lambda I + G_b^T G_b = C C^T$, with $\operatorname{diag} A^{-1}$ the column sums of
     $m\,(C^{-1})^2$, which involves no subtraction.
 
     Complex gradients, such as those of a wave function's logarithm, give the Hermitian
@@ -286,8 +286,8 @@ def inverse_fisher(
         discarded, so the number of gradients is not limited by memory. It needs a ``block_size``,
         and memory for $d B$ numbers.
       damping: $\lambda$, positive.
-      weights: $w$, of shape (m,), at least zero: $F = \lambda I + \sum_i w_i g_i g_i^T / n$ with $n
-        = \sum_i w_i$ in place of $m$, for example for importance sampling.
+      weights: $w$, of shape (m,), at least zero: $F = \lambda I + \sum_i w_i g_i g_i^T / n$ with
+        $n = \sum_i w_i$ in place of $m$, for example for importance sampling.
       centered: whether to subtract the weighted mean of the gradients, so that $F$ uses their
         covariance matrix.
       real_part: whether, for complex gradients with respect to real parameters, $F$ is the real
