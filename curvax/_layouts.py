@@ -52,7 +52,7 @@ class KernelLayout(NamedTuple):
 
         Args:
           letters: ``I`` fan-in, ``O`` fan-out, ``D``, ``H``, ``W`` spatial, ``L`` stacked, ``?``
-          unknown; for example ``"HWIO"``.
+            unknown; for example ``"HWIO"``.
 
         Returns:
           The layout.
