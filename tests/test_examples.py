@@ -14,17 +14,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    """The module of the demo; the examples are scripts, not a package."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import digits
-
-    yield digits
-    for name in ("digits", "datasets"):
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
 def example(monkeypatch):
     """A function that imports a script of the examples by its name."""
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -36,14 +25,13 @@ def example(monkeypatch):
 
 
 @pytest.fixture
-def pruning_demo(monkeypatch):
-    """The module of the pruning demo."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import prune_digits
+def demo(example):
+    return example("digits")
 
-    yield prune_digits
-    for name in ("prune_digits", "digits", "datasets"):
-        sys.modules.pop(name, None)
+
+@pytest.fixture
+def pruning_demo(example):
+    return example("prune_digits")
 
 
 def write_idx(path, array):

@@ -186,6 +186,7 @@ def over_batches(
 def weighted_batches(
     batches: Iterable[Any], batch_weight: BatchWeight | None
 ) -> Iterator[tuple[float, tuple[Any, ...]]]:
+    """The weight and the arguments of each batch."""
     for batch in batches:
         arguments = as_arguments(batch)
         if batch_weight is not None:

@@ -1,13 +1,15 @@
 """Batches: the loss arguments they hold, their number of examples, and splitting them."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from curvax._trees import named_leaves
+
+Result = TypeVar("Result")
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -54,3 +56,17 @@ def parts(arguments: Any, size: int) -> Iterator[tuple[Any, int]]:
             jax.tree.map(lambda x, a=start, b=stop: x[a:b] if jnp.ndim(x) else x, arguments),
             (stop - start),
         )
+
+
+def over_examples(fun: Callable[[Any], Result], arguments: Any) -> Result:
+    """``fun`` on each example, a batch of one, vectorized; scalars belong to all examples."""
+    flat, treedef = jax.tree.flatten(arguments)
+    axes = [0 if jnp.ndim(leaf) else None for leaf in flat]
+
+    def of_one(leaves: list[jax.Array]) -> Result:
+        pairs = zip(leaves, axes, strict=True)
+        single = [leaf if axis is None else leaf[jnp.newaxis] for leaf, axis in pairs]
+        return fun(jax.tree.unflatten(treedef, single))
+
+    result: Result = jax.vmap(of_one, in_axes=(axes,))(flat)
+    return result

@@ -14,7 +14,7 @@ from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._progress import progress_bar
 from curvax._settled import settled
 from curvax._trees import Differentiable, PyTree, Tree, is_inexact, path_name, wide_dtype, widen
-from curvax.curvature._batches import as_arguments, num_examples, parts
+from curvax.curvature._batches import as_arguments, num_examples, over_examples, parts
 from curvax.curvature._compiled import compiled_once
 from curvax.fisher.window._dense import insert_row, stacked_zeros
 from curvax.pruning._gradient_files import GradientFiles
@@ -189,15 +189,7 @@ def _gradients_of_examples(loss_fn: Callable[..., Any], *, has_aux: bool) -> Cal
     def of_part(params: PyTree, part: Any) -> PyTree:
         if num_examples(part, "") == 1:
             return jax.tree.map(lambda row: row[jnp.newaxis], gradient(params, part))
-        flat, treedef = jax.tree.flatten(part)
-        axes = [0 if jnp.ndim(x) else None for x in flat]
-
-        def of_one(leaves: list[jax.Array]) -> PyTree:
-            pairs = zip(leaves, axes, strict=True)
-            single = [leaf if axis is None else leaf[jnp.newaxis] for leaf, axis in pairs]
-            return gradient(params, jax.tree.unflatten(treedef, single))
-
-        return jax.vmap(of_one, in_axes=(axes,))(flat)
+        return over_examples(lambda example: gradient(params, example), part)
 
     return of_part
 

@@ -1,5 +1,6 @@
 r"""A loss along a path between parameters, and over a plane through them."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -199,7 +200,8 @@ def _loss_at(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., jax
         part: Differentiable, trees: list[Leaves], row: jax.Array, arguments: tuple[Any, ...]
     ) -> jax.Array:
         def combined(*leaves: jax.Array) -> jax.Array:
-            return jnp.tensordot(row.astype(leaves[0].dtype), jnp.stack(leaves), 1)
+            weighted = [c.astype(leaf.dtype) * leaf for c, leaf in zip(row, leaves, strict=True)]
+            return functools.reduce(jnp.add, weighted)
 
         value: jax.Array = loss(part.params(jax.tree.map(combined, *trees)), *arguments)[0]
         return value

@@ -10,7 +10,7 @@ import numpy as np
 from curvax._checks import check_count, scalar_loss, warn_of_batch_stats
 from curvax._settled import settled
 from curvax._trees import Differentiable, Leaves, PyTree, widen
-from curvax.curvature._batches import as_arguments, parts
+from curvax.curvature._batches import as_arguments, over_examples, parts
 from curvax.curvature._compiled import compiled_once
 
 
@@ -112,20 +112,9 @@ def _losses_and_slopes(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callabl
     def losses_and_slopes(
         part: Differentiable, vector: Leaves, arguments: tuple[Any, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, arguments)
-
         def losses(leaves: Leaves) -> jax.Array:
-            def of_one(arguments: tuple[Any, ...]) -> jax.Array:
-                alone = jax.tree.map(
-                    lambda leaf, axis: leaf if axis is None else leaf[None],
-                    arguments,
-                    axes,
-                    is_leaf=lambda leaf: leaf is None,
-                )
-                value: jax.Array = loss(part.params(leaves), *alone)[0]
-                return value
-
-            return jax.vmap(of_one, in_axes=(axes,))(arguments)
+            params = part.params(leaves)
+            return over_examples(lambda example: loss(params, *example)[0], arguments)
 
         return jax.jvp(losses, (part.select(part.leaves),), (vector,))
 

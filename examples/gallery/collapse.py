@@ -9,22 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import BLUE, GREEN, ORANGE, PINK, digits, init_mlp, main, panels
+from common import BLUE, GREEN, ORANGE, PINK, apply_mlp, digits, features, init_mlp, main, panels
 from matplotlib.figure import Figure
 
 from curvax import spectrum
 
 CLASSES, DECAY = 4, 5e-3
 NAMES = {"within": BLUE, "norms": ORANGE, "angles": GREEN, "duality": PINK}
-
-
-def make_features(activation: Any) -> Any:
-    def features(params: Any, inputs: jax.Array) -> jax.Array:
-        for layer in params[:-1]:
-            inputs = activation(inputs @ layer["kernel"] + layer["bias"])
-        return inputs
-
-    return features
 
 
 def draw(quick: bool) -> Figure:
@@ -45,10 +36,9 @@ def draw(quick: bool) -> Figure:
     figure, axes = panels(4, width=3.4)
     for ax, (name, (activation, chosen)) in zip(axes, cases.items(), strict=False):
         data = images[chosen], labels[chosen]
-        features = make_features(activation)
 
-        def loss_fn(params: Any, inputs: Any, targets: Any, features: Any = features) -> jax.Array:
-            logits = features(params, inputs) @ params[-1]["kernel"] + params[-1]["bias"]
+        def loss_fn(params: Any, inputs: Any, targets: Any, act: Any = activation) -> jax.Array:
+            logits = apply_mlp(params, inputs, act)
             fit = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
             return fit + DECAY / 2 * optax.tree.norm(params, squared=True)
 
@@ -70,7 +60,7 @@ def draw(quick: bool) -> Figure:
         for number in checkpoints:
             carry, done = run(carry, number - done), number
             last = carry[0][-1]
-            inputs = features(carry[0], data[0])
+            inputs = features(carry[0], data[0], activation)
             rows.append(spectrum.neural_collapse(inputs, data[1], last["kernel"], last["bias"]))
         for field, color in NAMES.items():
             values = [getattr(row, field) for row in rows]

@@ -39,15 +39,20 @@ def init_mlp(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]
     ]
 
 
-def features(params: PyTree, inputs: jax.Array) -> jax.Array:
-    """What the last layer of a network with tanh is given."""
+def features(
+    params: PyTree, inputs: jax.Array, activation: Callable[..., jax.Array] = jnp.tanh
+) -> jax.Array:
+    """What the last layer is given."""
     for layer in params[:-1]:
-        inputs = jnp.tanh(inputs @ layer["kernel"] + layer["bias"])
+        inputs = activation(inputs @ layer["kernel"] + layer["bias"])
     return inputs
 
 
-def apply_mlp(params: PyTree, inputs: jax.Array) -> jax.Array:
-    return features(params, inputs) @ params[-1]["kernel"] + params[-1]["bias"]
+def apply_mlp(
+    params: PyTree, inputs: jax.Array, activation: Callable[..., jax.Array] = jnp.tanh
+) -> jax.Array:
+    hidden = features(params, inputs, activation)
+    return hidden @ params[-1]["kernel"] + params[-1]["bias"]
 
 
 def cross_entropy(params: PyTree, inputs: jax.Array, labels: jax.Array) -> jax.Array:

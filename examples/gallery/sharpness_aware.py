@@ -17,12 +17,24 @@ import curvax
 RADIUS = 0.3
 
 
-def rho_sharpness(params: Any, data: Any) -> jax.Array:
-    """How much the loss rises within a small ball, by a step along the gradient."""
-    loss, grads = jax.value_and_grad(cross_entropy)(params, *data)
+def gradient(params: Any, *batch: Any) -> Any:
+    return jax.grad(cross_entropy)(params, *batch)
+
+
+def raised(params: Any, *batch: Any) -> Any:
+    """The parameters a radius away, along the gradient."""
+    grads = gradient(params, *batch)
     length = RADIUS / optax.tree.norm(grads)
-    raised = jax.tree.map(lambda p, g: p + length * g, params, grads)
-    return cross_entropy(raised, *data) - loss
+    return jax.tree.map(lambda p, g: p + length * g, params, grads)
+
+
+def gradient_of_sam(params: Any, *batch: Any) -> Any:
+    return gradient(raised(params, *batch), *batch)
+
+
+def rho_sharpness(params: Any, *batch: Any) -> jax.Array:
+    """How much the loss rises within a small ball, by a step along the gradient."""
+    return cross_entropy(raised(params, *batch), *batch) - cross_entropy(params, *batch)
 
 
 def divergence(old: Any, new: Any, inputs: jax.Array) -> jax.Array:
@@ -35,16 +47,6 @@ def draw(quick: bool) -> Figure:
     data, test = digits()
     start = init_mlp(jax.random.key(0), (64, 64, 10))
     steps = 30 if quick else 1500
-
-    def gradient_of_sam(params: Any, *batch: Any) -> Any:
-        grads = jax.grad(cross_entropy)(params, *batch)
-        length = RADIUS / optax.tree.norm(grads)
-        return jax.grad(cross_entropy)(
-            jax.tree.map(lambda p, g: p + length * g, params, grads), *batch
-        )
-
-    def gradient(params: Any, *batch: Any) -> Any:
-        return jax.grad(cross_entropy)(params, *batch)
 
     contestants = {
         "SGD": (gradient, optax.sgd(0.3), BLUE),
@@ -67,7 +69,7 @@ def draw(quick: bool) -> Figure:
                 )
                 seen = (
                     cross_entropy(params, *test),
-                    rho_sharpness(params, data),
+                    rho_sharpness(params, *data),
                     divergence(params, new, data[0]),
                     optax.tree.vdot(updates, product) / 2,
                 )
