@@ -163,8 +163,8 @@ def windows(tokens: np.ndarray, shape: tuple[int, ...], seed: Sequence[int]) -> 
 
 def metrics_of(recipe: Recipe, optimizer: nnx.Optimizer) -> dict[str, float]:
     """The optimizer's own counters, sums over leaves."""
-    state = nnx.as_pure(optimizer.opt_state)
-    return {name: float(jnp.sum(optax.tree.get(state, name))) for name in recipe.watched}
+    state = optimizer.opt_state
+    return {name: float(jnp.sum(optax.tree.get(state, name)[...])) for name in recipe.watched}
 
 
 def train(args: argparse.Namespace, text: str) -> float:

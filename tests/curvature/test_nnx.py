@@ -34,11 +34,15 @@ def from_outputs(network, loss, **options):
     return curvax.from_state(curvax.value_grad_and_ggn_diag_from_outputs(network, loss, **options))
 
 
+def plain(tree):
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+
+
 def assert_trees_close(actual, expected):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        nnx.to_pure_dict(nnx.as_pure(actual)) if isinstance(actual, nnx.State) else actual,
-        nnx.to_pure_dict(nnx.as_pure(expected)) if isinstance(expected, nnx.State) else expected,
+        plain(actual),
+        plain(expected),
     )
 
 
@@ -96,7 +100,7 @@ def test_it_trains_under_nnx_jit(kind, refresh):
         return loss
 
     step(model, optimizer, True)
-    before = nnx.as_pure(nnx.state(model))
+    before = nnx.to_pure_dict(nnx.state(model))
     loss = step(model, optimizer, refresh)
     assert jnp.isfinite(loss)
     assert model.dropout.rngs.count[...] == 2
