@@ -33,6 +33,16 @@ def test_code_fits_a_page_of_80_columns(page):
     assert [number for number, line in code_lines(page) if len(line) > 80] == []
 
 
+def test_examples_of_docstrings_fit_too():
+    lines = [
+        f"{path.name}: {line.strip()}"
+        for path in (ROOT / "curvax").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.match(r" *(>>>|\.\.\.) ", line) and len(line.strip()) > 80
+    ]
+    assert lines == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_links_lead_to_files_of_the_site(page):
     """Images too, which the build does not check."""

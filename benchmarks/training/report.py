@@ -91,25 +91,25 @@ def _page(rows: Rows, published: dict[str, Row], size: str, machines: list[str])
     yield from ahead_table(rows, CONTESTANTS, lambda _: BASE)
     yield "\n#### Steps to the target, and seconds, over those of the best of Adam's family\n"
     yield from target_table(rows, CONTESTANTS)
-    yield "\n#### Rates, and milliseconds a step\n"
+    yield "\n#### Learning rates, and milliseconds per step\n"
     yield from rate_table(rows, CONTESTANTS)
-    yield "\n#### What the first rate loses against the best of the trials\n"
+    yield "\n#### What the first learning rate loses against the best of the trials\n"
     yield "The first rate is the same on all tasks; on validation data, in percent.\n"
     yield from start_table(rows, CONTESTANTS)
     if published:
         yield "\n#### At published settings, without trials\n"
         yield from metric_table({"cifar-resnet": published}, PUBLISHED)
     if any(name in of_task for of_task in rows.values() for name in CANDIDATES):
-        yield "\n#### Ideas: deviations ahead of their recipe\n"
+        yield "\n#### Variants: deviations ahead of their recipe\n"
         yield f"Each with {_seeds(rows, CANDIDATES)} (`--candidates --seeds 3`).\n"
         yield from ahead_table(rows, CANDIDATES, recipe_of)
-        yield "\n#### Ideas: test metric at the end\n"
+        yield "\n#### Variants: test metric at the end\n"
         yield from metric_table(rows, CANDIDATES)
-        yield "\n#### Ideas: its median, and means of the other test numbers\n"
+        yield "\n#### Variants: its median, and means of the other test numbers\n"
         yield from numbers_table(rows, CANDIDATES)
-        yield "\n#### Ideas: steps to the target, and seconds\n"
+        yield "\n#### Variants: steps to the target, and seconds\n"
         yield from target_table(rows, CANDIDATES)
-        yield "\n#### Ideas: rates, and milliseconds a step\n"
+        yield "\n#### Variants: learning rates, and milliseconds per step\n"
         yield from rate_table(rows, CANDIDATES)
     yield ""
 

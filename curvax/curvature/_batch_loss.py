@@ -36,9 +36,17 @@ class WeightedTargets(NamedTuple):
       >>> import jax.numpy as jnp, curvax
       >>> def network(params, inputs):
       ...     return inputs @ params
-      >>> inputs, labels, mask = jnp.eye(3), jnp.array([0, 1, -1]), jnp.array([1.0, 1.0, 0.0])
+      >>> inputs, labels, mask = (
+      ...     jnp.eye(3),
+      ...     jnp.array([0, 1, -1]),
+      ...     jnp.array([1.0, 1.0, 0.0]),
+      ... )
       >>> product = curvax.ggn_vp(
-      ...     network, "softmax_cross_entropy", jnp.zeros((3, 2)), jnp.eye(3, 2), inputs,
+      ...     network,
+      ...     "softmax_cross_entropy",
+      ...     jnp.zeros((3, 2)),
+      ...     jnp.eye(3, 2),
+      ...     inputs,
       ...     curvax.WeightedTargets(labels, mask),
       ... )
       >>> print(product)  # as of the first two examples alone

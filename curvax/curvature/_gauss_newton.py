@@ -72,7 +72,9 @@ def ggn_vp(
       >>> def network(params, inputs):
       ...     return inputs @ params
       >>> inputs = jnp.array([[1.0, 2.0]])
-      >>> curvax.ggn_vp(network, "squared_error", jnp.zeros((2, 1)), jnp.ones((2, 1)), inputs)
+      >>> curvax.ggn_vp(
+      ...     network, "squared_error", jnp.zeros((2, 1)), jnp.ones((2, 1)), inputs
+      ... )
       Array([[3.],
              [6.]], dtype=float32)
 
@@ -137,7 +139,13 @@ def fisher_vp(
       ...     return inputs @ params
       >>> params, inputs, labels = jnp.zeros((2, 3)), jnp.eye(2), jnp.array([0, 2])
       >>> product = curvax.fisher_vp(
-      ...     network, "softmax_cross_entropy", params, params + 1, inputs, labels, empirical=True
+      ...     network,
+      ...     "softmax_cross_entropy",
+      ...     params,
+      ...     params + 1,
+      ...     inputs,
+      ...     labels,
+      ...     empirical=True,
       ... )
       >>> product.shape
       (2, 3)

@@ -179,7 +179,9 @@ def value_grad_and_ggn_diag_from_outputs(
       >>> import jax, jax.numpy as jnp, curvax
       >>> def network(params, inputs):
       ...     return inputs @ params
-      >>> one_pass = curvax.value_grad_and_ggn_diag_from_outputs(network, "squared_error")
+      >>> one_pass = curvax.value_grad_and_ggn_diag_from_outputs(
+      ...     network, "squared_error"
+      ... )
       >>> value, grads, diag = one_pass(
       ...     jnp.zeros((2, 1)), jnp.eye(2), jnp.ones((2, 1)), key=jax.random.key(0)
       ... )

@@ -50,22 +50,32 @@ def for_nnx(
       >>> optimizer = nnx.Optimizer(model, curvax.adahessian(0.3), wrt=nnx.Param)
       >>> def loss_fn(model, inputs, targets):
       ...     return jnp.mean((model(inputs) - targets) ** 2)
-      >>> one_pass = curvax.for_nnx(curvax.value_grad_and_hessian_diag_from_state, loss_fn)
+      >>> one_pass = curvax.for_nnx(
+      ...     curvax.value_grad_and_hessian_diag_from_state, loss_fn
+      ... )
       >>> @nnx.jit
       ... def step(model, optimizer, inputs, targets):
-      ...     loss, grads, diag = one_pass(model, inputs, targets, state=optimizer.opt_state)
+      ...     loss, grads, diag = one_pass(
+      ...         model, inputs, targets, state=optimizer.opt_state
+      ...     )
       ...     optimizer.update(model, grads, hessian_diag=diag)
       ...     return loss
-      >>> losses = [step(model, optimizer, jnp.eye(2), jnp.ones((2, 1))) for _ in range(60)]
+      >>> losses = [
+      ...     step(model, optimizer, jnp.eye(2), jnp.ones((2, 1))) for _ in range(60)
+      ... ]
       >>> bool(losses[-1] < 1e-2 < losses[0])
       True
 
       For the Gauss-Newton diagonal, pass the network's outputs in place of a loss:
 
       >>> def from_outputs(network, loss, **options):
-      ...     one_pass = curvax.value_grad_and_ggn_diag_from_outputs(network, loss, **options)
+      ...     one_pass = curvax.value_grad_and_ggn_diag_from_outputs(
+      ...         network, loss, **options
+      ...     )
       ...     return curvax.from_state(one_pass)
-      >>> one_pass = curvax.for_nnx(from_outputs, nnx.Linear.__call__, "squared_error")
+      >>> one_pass = curvax.for_nnx(
+      ...     from_outputs, nnx.Linear.__call__, "squared_error"
+      ... )
     """
     with from_extra("flax"):
         from flax import nnx

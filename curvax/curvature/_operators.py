@@ -132,7 +132,11 @@ def ggn_operator(
       >>> from curvax import spectrum
       >>> inputs, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0]])
       >>> operator = spectrum.ggn_operator(
-      ...     lambda params, x: x @ params, "squared_error", jnp.zeros((2, 1)), [(inputs, targets)])
+      ...     lambda params, x: x @ params,
+      ...     "squared_error",
+      ...     jnp.zeros((2, 1)),
+      ...     [(inputs, targets)],
+      ... )
       >>> print(operator(jnp.ones((2, 1))).ravel())
       [3. 6.]
     """
@@ -187,7 +191,11 @@ def empirical_fisher_operator(
       >>> from curvax import spectrum
       >>> batch = jnp.eye(2), jnp.array([[1.0], [2.0]])
       >>> operator = spectrum.empirical_fisher_operator(
-      ...     lambda params, x: x @ params, "squared_error", jnp.zeros((2, 1)), [batch])
+      ...     lambda params, x: x @ params,
+      ...     "squared_error",
+      ...     jnp.zeros((2, 1)),
+      ...     [batch],
+      ... )
       >>> print(operator(jnp.ones((2, 1))).ravel())  # gradients (-1, 0) and (0, -2)
       [0.5 2. ]
     """

@@ -77,7 +77,9 @@ def value_grad_and_hvp(
       ...     return scale * params["a"] ** 2 * params["b"]
       >>> params = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
       >>> direction = {"a": jnp.array(1.0), "b": jnp.array(0.0)}
-      >>> value, grads, product = curvax.value_grad_and_hvp(loss)(params, direction, 1.0)
+      >>> value, grads, product = curvax.value_grad_and_hvp(loss)(
+      ...     params, direction, 1.0
+      ... )
       >>> float(value), float(grads["a"]), float(product["a"]), float(product["b"])
       (12.0, 12.0, 6.0, 4.0)
 
@@ -174,7 +176,9 @@ def linearized_hvp(
 
     Example:
       >>> import jax, jax.numpy as jnp, curvax
-      >>> product = curvax.linearized_hvp(lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0]))
+      >>> product = curvax.linearized_hvp(
+      ...     lambda x: jnp.sum(x**3), jnp.array([1.0, 2.0])
+      ... )
       >>> jax.vmap(product)(jnp.eye(2))
       Array([[ 6.,  0.],
              [ 0., 12.]], dtype=float32)

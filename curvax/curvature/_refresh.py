@@ -71,7 +71,11 @@ def refresh_due(step: Any, update_interval: Any, refresh_warmup: Any = 0) -> boo
 
     Example:
       >>> import curvax
-      >>> [step for step in range(12) if curvax.refresh_due(step, 4, refresh_warmup=3)]
+      >>> [
+      ...     step
+      ...     for step in range(12)
+      ...     if curvax.refresh_due(step, 4, refresh_warmup=3)
+      ... ]
       [0, 1, 2, 3, 7, 11]
     """
     check_refresh_rule(update_interval, refresh_warmup)

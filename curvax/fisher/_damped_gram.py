@@ -70,7 +70,8 @@ def solve_damped_gram(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> Solu
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax.fisher import solve_damped_gram
-      >>> grads = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # two gradients as rows
+      >>> # Two gradients as rows.
+      >>> grads = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
       >>> damping, newest = 0.5, jnp.array([0.0, 1.0])
       >>> x, failed = solve_damped_gram(grads @ grads.T, 2 * damping, newest)
       >>> print(2 * grads.T @ x)  # F^-1 of the second, F = 0.5 I + G^T G / 2

@@ -147,12 +147,16 @@ def scale_by_adahessian(
 
     Example:
       >>> import jax.numpy as jnp, optax, curvax
-      >>> tx = optax.chain(curvax.scale_by_adahessian(), optax.scale_by_learning_rate(0.1))
+      >>> tx = optax.chain(
+      ...     curvax.scale_by_adahessian(), optax.scale_by_learning_rate(0.1)
+      ... )
       >>> params = jnp.array([1.0, 2.0])
       >>> state = tx.init(params)
       >>> def loss(x):
       ...     return 2 * x[0] ** 2 + x[1] ** 2
-      >>> updates, state = tx.update(jnp.array([2.0, 1.0]), state, params, obj_fn=loss)
+      >>> updates, state = tx.update(
+      ...     jnp.array([2.0, 1.0]), state, params, obj_fn=loss
+      ... )
       >>> print(updates.round(2))  # a tenth of Newton's step
       [-0.05 -0.05]
 

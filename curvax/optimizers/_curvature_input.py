@@ -109,7 +109,9 @@ def merge_masked(params: Tree, masked: PyTree) -> Tree:
       ...     return jnp.sum(p["kernel"] ** 2) * p["bias"]
       >>> tx = optax.masked(curvax.adahessian(0.1), {"kernel": True, "bias": False})
       >>> updates, _ = tx.update(
-      ...     params, tx.init(params), params,
+      ...     params,
+      ...     tx.init(params),
+      ...     params,
       ...     obj_fn=lambda p: loss(curvax.merge_masked(params, p)),
       ... )
       >>> print(updates["kernel"].round(2))

@@ -58,7 +58,9 @@ def hutchinson_estimator(
     Example:
       >>> import jax.numpy as jnp, optax, curvax
       >>> tx = optax.contrib.sophia(
-      ...     1e-2, update_interval=1, hessian_diagonal_fn=curvax.hutchinson_estimator()
+      ...     1e-2,
+      ...     update_interval=1,
+      ...     hessian_diagonal_fn=curvax.hutchinson_estimator(),
       ... )
       >>> params = {"w": jnp.ones(2), "scale": jnp.ones((), jnp.bfloat16)}
       >>> def loss(p):

@@ -29,7 +29,9 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
       >>> import jax, jax.numpy as jnp, curvax
       >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
       >>> dense = curvax.state_bytes(curvax.mfac(num_grads=1024), params)
-      >>> sparse = curvax.state_bytes(curvax.mfac(num_grads=1024, density=0.01), params)
+      >>> sparse = curvax.state_bytes(
+      ...     curvax.mfac(num_grads=1024, density=0.01), params
+      ... )
       >>> dense // 10**6, sparse // 10**6  # a million parameters
       (4100, 69)
     """

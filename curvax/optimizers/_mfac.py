@@ -119,7 +119,8 @@ def scale_by_mfac(
     Example:
       >>> import jax.numpy as jnp, optax, curvax
       >>> tx = optax.chain(
-      ...     curvax.scale_by_mfac(num_grads=8, damping=0.5), optax.scale_by_learning_rate(0.1)
+      ...     curvax.scale_by_mfac(num_grads=8, damping=0.5),
+      ...     optax.scale_by_learning_rate(0.1),
       ... )
       >>> params, grads = jnp.zeros(2), jnp.array([2.0, 0.0])
       >>> updates, state = tx.update(grads, tx.init(params), params)

@@ -44,7 +44,8 @@ def mfac_ihvp(state: Any, vector: Tree) -> Tree:
       >>> tx = curvax.mfac(num_grads=4, damping=0.5)
       >>> params = jnp.zeros(2)
       >>> _, state = tx.update(jnp.array([2.0, 0.0]), tx.init(params), params)
-      >>> print(curvax.mfac_ihvp(state, jnp.ones(2)).round(3))  # F = diag(0.5 + 4 / 4, 0.5)
+      >>> # F = diag(0.5 + 4 / 4, 0.5)
+      >>> print(curvax.mfac_ihvp(state, jnp.ones(2)).round(3))
       [0.667 2.   ]
 
     References:

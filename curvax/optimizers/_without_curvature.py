@@ -33,7 +33,13 @@ def without_curvature(
       >>> params = jnp.array([1.0, 2.0])
       >>> value, grads = jax.value_and_grad(loss)(params)
       >>> updates, state = tx.update(
-      ...     grads, tx.init(params), params, obj_fn=loss, value=value, grad=grads, value_fn=loss
+      ...     grads,
+      ...     tx.init(params),
+      ...     params,
+      ...     obj_fn=loss,
+      ...     value=value,
+      ...     grad=grads,
+      ...     value_fn=loss,
       ... )
       >>> float(loss(params + updates)) < float(value)
       True

@@ -48,7 +48,13 @@ def prune_gradually(
       >>> from curvax import pruning
       >>> params = {"kernel": jnp.array([[3.0, 1.0, 2.0, 4.0]])}
       >>> result = pruning.prune_gradually(
-      ...     None, params, [], [0.25, 0.5], lambda params, mask: params, method="magnitude")
+      ...     None,
+      ...     params,
+      ...     [],
+      ...     [0.25, 0.5],
+      ...     lambda params, mask: params,
+      ...     method="magnitude",
+      ... )
       >>> print(result.params["kernel"])
       [[3. 0. 0. 4.]]
     """

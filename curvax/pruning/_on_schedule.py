@@ -136,7 +136,10 @@ def prune_on_schedule(
       >>> from curvax import pruning
       >>> sparsity = optax.polynomial_schedule(0.0, 0.75, power=3, transition_steps=4)
       >>> tx = pruning.prune_on_schedule(sparsity, optax.adam(0.1), update_interval=2)
-      >>> params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]]), "bias": jnp.ones(2)}
+      >>> params = {
+      ...     "kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]]),
+      ...     "bias": jnp.ones(2),
+      ... }
       >>> state = tx.init(params)
       >>> for _ in range(5):
       ...     updates, state = tx.update(params, state, params)

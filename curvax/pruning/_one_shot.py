@@ -89,7 +89,8 @@ def prune_one_shot(
       ...     return jnp.mean((x @ params["kernel"] - y) ** 2)
       >>> params = {"kernel": jnp.array([[1.9], [0.2], [1.1]])}
       >>> result = pruning.prune_one_shot(
-      ...     loss_fn, params, batches, 0.34, recomputations=1, num_grads=8)
+      ...     loss_fn, params, batches, 0.34, recomputations=1, num_grads=8
+      ... )
       >>> print(result.mask["kernel"].ravel())
       [ True False  True]
 

@@ -185,8 +185,9 @@ def chosen_names(rule: Rule, params: PyTree) -> set[str]:
         for pattern in rule.sparsity:
             if pattern not in used:
                 raise ValueError(
-                    f"sparsity's pattern {pattern!r} is the first match of no selected leaf: "
-                    f"correct or remove it; the paths are: {paths}."
+                    f"sparsity's pattern {pattern!r} sets the target of no leaf: it matches none "
+                    "that is selected, or earlier patterns match those first. Correct or remove "
+                    f"it; the paths are: {paths}."
                 )
     for name, leaf in chosen:
         dtype = jnp.result_type(leaf)

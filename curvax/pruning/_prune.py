@@ -120,7 +120,8 @@ def prune(
       >>> import jax.numpy as jnp
       >>> from curvax import pruning
       >>> params = {"kernel": jnp.array([[1.0, 1.1]])}
-      >>> grads = {"kernel": jnp.array([[[2.0, 2.0]], [[0.0, 1.0]]])}  # the weights are coupled
+      >>> # The weights are coupled.
+      >>> grads = {"kernel": jnp.array([[[2.0, 2.0]], [[0.0, 1.0]]])}
       >>> result = pruning.prune(params, grads, 0.5, damping=1e-3)
       >>> print(result.mask["kernel"], result.params["kernel"].round(2))
       [[False  True]] [[0.  1.9]]

@@ -46,7 +46,11 @@ def reestimate_statistics(
       >>> def update_statistics(scale, mean, x):  # a forward pass in training mode
       ...     return 0.9 * mean + 0.1 * jnp.mean(scale * x)
       >>> batches = [jnp.array([1.0, 3.0]), jnp.array([5.0, 7.0])]
-      >>> print(pruning.reestimate_statistics(update_statistics, 2.0, 9.0, batches).round(4))
+      >>> print(
+      ...     pruning.reestimate_statistics(
+      ...         update_statistics, 2.0, 9.0, batches
+      ...     ).round(4)
+      ... )
       8.0
     """
     of_batch = compiled_once(_statistics_of_batch, update_statistics)

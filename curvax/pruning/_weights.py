@@ -38,7 +38,10 @@ def is_kernel(path: str, leaf: Any) -> bool:
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax.pruning import is_kernel
-      >>> is_kernel("dense/kernel", jnp.zeros((3, 2))), is_kernel("dense/bias", jnp.zeros(2))
+      >>> (
+      ...     is_kernel("dense/kernel", jnp.zeros((3, 2))),
+      ...     is_kernel("dense/bias", jnp.zeros(2)),
+      ... )
       (True, False)
     """
     real = jnp.issubdtype(leaf.dtype, jnp.floating)

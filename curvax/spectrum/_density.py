@@ -90,8 +90,12 @@ def spectral_density(
       >>> import jax, jax.numpy as jnp
       >>> from curvax import spectrum
       >>> entries = jnp.where(jnp.arange(100) < 25, 3.0, 1.0)
-      >>> operator = spectrum.Operator(lambda vector: entries * vector, jnp.zeros(100))
-      >>> result = spectrum.spectral_density(operator, key=jax.random.key(0), num_probes=20)
+      >>> operator = spectrum.Operator(
+      ...     lambda vector: entries * vector, jnp.zeros(100)
+      ... )
+      >>> result = spectrum.spectral_density(
+      ...     operator, key=jax.random.key(0), num_probes=20
+      ... )
       >>> above = result.grid > 2
       >>> share = (result.density[above] * (result.grid[1] - result.grid[0])).sum()
       >>> bool(abs(share - 0.25) < 0.05)
@@ -158,7 +162,9 @@ def wasserstein_distance(
     Example:
       >>> import numpy as np
       >>> from curvax import spectrum
-      >>> spectrum.wasserstein_distance(np.array([0.0, 1.0]), np.ones(2), np.ones(1), np.ones(1))
+      >>> spectrum.wasserstein_distance(
+      ...     np.array([0.0, 1.0]), np.ones(2), np.ones(1), np.ones(1)
+      ... )
       0.5
     """
     points = np.concatenate([nodes, others])

@@ -92,7 +92,8 @@ def loss_along(
       >>> def loss_fn(weight, inputs):  # minima at 1 and -1
       ...     return jnp.mean((weight**2 - inputs) ** 2)
       >>> curve = spectrum.loss_along(
-      ...     loss_fn, [jnp.array(-1.0), jnp.array(1.0)], [jnp.ones(4)], num_points=5)
+      ...     loss_fn, [jnp.array(-1.0), jnp.array(1.0)], [jnp.ones(4)], num_points=5
+      ... )
       >>> print(curve.losses, curve.barrier)
       [0.     0.5625 1.     0.5625 0.    ] 1.0
 
@@ -150,7 +151,8 @@ def loss_over_plane(
       ...     return jnp.mean(inputs) * (params[0] ** 2 + 10 * params[1] ** 2)
       >>> right, up = jnp.eye(2)
       >>> spectrum.loss_over_plane(
-      ...     loss_fn, jnp.zeros(2), right, up, [jnp.ones(3)], num_points=3).losses
+      ...     loss_fn, jnp.zeros(2), right, up, [jnp.ones(3)], num_points=3
+      ... ).losses
       array([[11., 10., 11.],
              [ 1.,  0.,  1.],
              [11., 10., 11.]])

@@ -121,7 +121,9 @@ def ntk_eigenpairs(
       >>> import jax.numpy as jnp
       >>> from curvax import spectrum
       >>> inputs = jnp.array([[3.0, 0.0], [0.0, 2.0]])
-      >>> pairs = spectrum.ntk_eigenpairs(lambda w, x: x @ w, jnp.zeros((2, 1)), inputs, 1)
+      >>> pairs = spectrum.ntk_eigenpairs(
+      ...     lambda w, x: x @ w, jnp.zeros((2, 1)), inputs, 1
+      ... )
       >>> print(pairs.values, abs(pairs.parameter_vectors.ravel()))
       [9.] [1. 0.]
     """

@@ -129,7 +129,10 @@ def plot_layer_traces(trace: TraceEstimate[Any], *, ax: "Axes | None" = None) ->
       ...     return jnp.sum(params["first"] ** 2) + jnp.sum(params["second"] ** 4)
       >>> params = {"first": jnp.ones(2), "second": jnp.ones(3)}
       >>> trace = curvax.hessian_trace(loss, params, method="exact")
-      >>> [float(bar.get_width()) for bar in spectrum.plot_layer_traces(trace).patches]
+      >>> [
+      ...     float(bar.get_width())
+      ...     for bar in spectrum.plot_layer_traces(trace).patches
+      ... ]
       [4.0, 36.0]
     """
     if trace.per_leaf is None:

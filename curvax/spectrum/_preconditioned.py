@@ -36,7 +36,9 @@ def preconditioned(
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import spectrum
-      >>> operator = spectrum.Operator(lambda v: jnp.array([8.0, 2.0]) * v, jnp.zeros(2))
+      >>> operator = spectrum.Operator(
+      ...     lambda v: jnp.array([8.0, 2.0]) * v, jnp.zeros(2)
+      ... )
       >>> scaled = spectrum.preconditioned(operator, jnp.array([0.5, 1.0]))
       >>> print(scaled(jnp.ones(2)))
       [2. 2.]
@@ -168,7 +170,8 @@ def mfac_inverse_root(state: Any) -> Callable[[Tree], Tree]:
       >>> from curvax import spectrum
       >>> params, tx = jnp.zeros(2), curvax.mfac(num_grads=4, damping=0.25)
       >>> _, state = tx.update(jnp.array([2.0, 0.0]), tx.init(params), params)
-      >>> print(spectrum.mfac_inverse_root(state)(jnp.ones(2)).round(3))  # F = diag(1.25, 0.25)
+      >>> # F = diag(0.25 + 4 / 4, 0.25)
+      >>> print(spectrum.mfac_inverse_root(state)(jnp.ones(2)).round(3))
       [0.894 2.   ]
     """
     node = find_mfac(state)

@@ -64,7 +64,9 @@ def example_projections(
       >>> def loss_fn(params, inputs, targets):
       ...     return jnp.mean((inputs @ params - targets) ** 2) / 2
       >>> batch = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([1.0, -1.0])
-      >>> found = spectrum.example_projections(loss_fn, jnp.zeros(2), batch, jnp.eye(2))
+      >>> found = spectrum.example_projections(
+      ...     loss_fn, jnp.zeros(2), batch, jnp.eye(2)
+      ... )
       >>> print(found.losses, found.slopes.tolist())
       [0.5 0.5] [[-1.0, 0.0], [0.0, 2.0]]
 

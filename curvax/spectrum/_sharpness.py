@@ -97,8 +97,13 @@ def track_sharpness(
       ...     return x @ jnp.diag(jnp.array([4.0, 1.0])) @ x / 2
       >>> tx = optax.chain(spectrum.track_sharpness(0.1), optax.sgd(0.1))
       >>> params = jnp.ones(2)
-      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, obj_fn=loss)
-      >>> print(optax.tree.get(state, "sharpness"), optax.tree.get(state, "sharpness_times_lr"))
+      >>> updates, state = tx.update(
+      ...     jax.grad(loss)(params), tx.init(params), params, obj_fn=loss
+      ... )
+      >>> print(
+      ...     optax.tree.get(state, "sharpness"),
+      ...     optax.tree.get(state, "sharpness_times_lr"),
+      ... )
       4.0 0.4
 
     References:

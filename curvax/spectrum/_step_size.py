@@ -131,8 +131,10 @@ def batch_size_study(
       >>> def loss_fn(params, inputs):
       ...     return jnp.mean((inputs @ params) ** 2)
       >>> study = spectrum.batch_size_study(
-      ...     loss_fn, jnp.zeros(3), (inputs,), [4, 32], key=jax.random.key(1))
-      >>> bool(study.largest[0].mean() > study.largest[1].mean())  # small batches are sharper
+      ...     loss_fn, jnp.zeros(3), (inputs,), [4, 32], key=jax.random.key(1)
+      ... )
+      >>> # Small batches are sharper.
+      >>> bool(study.largest[0].mean() > study.largest[1].mean())
       True
 
     References:

@@ -314,7 +314,8 @@ def inverse_fisher(
 
     Example:
       >>> import jax.numpy as jnp, curvax
-      >>> grads = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]])  # F = 0.5 I + G^T G / 2
+      >>> # F = 0.5 I + G^T G / 2
+      >>> grads = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
       >>> inverse = curvax.inverse_fisher(grads, damping=0.5)
       >>> print(inverse.diagonal().round(3))
       [0.4   1.333 1.333]

@@ -121,7 +121,7 @@ def prune_layer(
       >>> import jax.numpy as jnp
       >>> from curvax import pruning
       >>> kernel = jnp.array([[1.0], [1.1]])
-      >>> inputs = jnp.array([[1.0, 1.0], [2.0, 2.1], [0.0, 0.1]])  # two features alike
+      >>> inputs = jnp.array([[1.0, 1.0], [2.0, 2.1], [0.0, 0.1]])  # alike
       >>> result = pruning.prune_layer(kernel, inputs, 0.5)
       >>> print(result.kernel.round(2).ravel(), round(result.error, 4))
       [0.   2.05] 0.0005

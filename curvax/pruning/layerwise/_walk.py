@@ -122,7 +122,9 @@ def prune_layers(
       >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
       >>> inputs = jax.random.normal(jax.random.key(0), (64, 4))
       >>> params = model.init(jax.random.key(1), inputs)["params"]
-      >>> result = pruning.prune_layers(model, params, [inputs[:32], inputs[32:]], 0.5)
+      >>> result = pruning.prune_layers(
+      ...     model, params, [inputs[:32], inputs[32:]], 0.5
+      ... )
       >>> [(layer.path, layer.sparsity) for layer in result.layers]
       [('layers_0/kernel', 0.5625), ('layers_2/kernel', 0.3125)]
 
