@@ -7,7 +7,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-pruning bench-spectrum \
+.PHONY: demo demo-prune test test-examples test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-pruning bench-spectrum \
 	bench-tiny bench-tpu bench-training docs notebooks gallery format check dist clean
 
 demo: $(VENV)/.examples
@@ -19,17 +19,24 @@ demo-prune: $(VENV)/.examples
 # Tests mostly compile small programs: they are optimized less, and each is compiled once for all
 # modules and workers. Older versions of XLA compile in half the time with a flag that newer ones
 # refuse, so it is tried first. A plain `pytest` runs what users run.
-test bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test test-optimized bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
-test test-optimized bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-examples bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+test test-examples test-optimized bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
+test test-examples test-optimized bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 QUICK := --xla_cpu_use_fusion_emitters=false
 QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null \
 		&& export XLA_FLAGS=$(QUICK);
 
+# The package, its docstrings and README.
 test: $(VENV)/.test
-	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) curvax tests README.md \
+		$(patsubst %,--ignore %,$(EXAMPLES)) $(ARGS)
 
-# The same, optimized as for users.
+# The code on the pages, the scripts and notebooks, and what measures.
+EXAMPLES := tests/test_examples.py tests/test_notebooks.py tests/benchmarks
+test-examples: $(VENV)/.test
+	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) docs $(EXAMPLES) $(ARGS)
+
+# Both, optimized as for users.
 test-optimized: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._trees import PyTree, path_name, path_names, shape_of
+from curvax._trees import PyTree, dtype_of, path_name, path_names, shape_of
 
 
 def is_traced(value: Any) -> bool:
@@ -115,10 +115,16 @@ def check_like(name: str, tree: PyTree, params: PyTree, whose: str = "params") -
             )
 
 
+def check_arrays(params: PyTree) -> None:
+    """Raises if a leaf of ``params`` is no array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype_of(leaf, path_name(path))
+
+
 def check_real(owner: str, params: PyTree) -> None:
     """Raises if a leaf of ``params`` is complex, which ``owner`` does not handle."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+        dtype = dtype_of(leaf, path_name(path))
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise ValueError(
                 f"{owner} needs real parameters, got {dtype} at {path_name(path)}; "

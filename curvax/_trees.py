@@ -41,19 +41,32 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def dtype_of(leaf: Any, path: str = "") -> Any:
+    """The dtype of a leaf, whose path is part of the error where it is no array."""
+    try:
+        return jnp.result_type(leaf)
+    except TypeError:
+        found = type(leaf).__name__ + (f" at {path}" if path else "")
+        raise ValueError(
+            f"params must contain only arrays, got {found}: split an Equinox module with "
+            "eqx.partition(model, eqx.is_inexact_array), pass the first part, and combine both in "
+            "the loss."
+        ) from None
+
+
 def shape_of(leaf: Any) -> tuple[int, ...]:
     """The shape of an array, a placeholder of one, or a Python number."""
-    return leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+    return leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
 
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is real or complex, and so has gradients."""
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
 
 
 def wide_dtype(leaf: Any) -> Any:
     """Float32 or wider for real and complex leaves; the dtype of others, such as integers."""
-    dtype = jnp.result_type(leaf)
+    dtype = dtype_of(leaf)
     return jnp.promote_types(dtype, jnp.float32) if is_inexact(leaf) else dtype
 
 
@@ -115,13 +128,12 @@ class Differentiable:
     def of(cls, params: PyTree, select: Select | None = None) -> "Differentiable":
         """The real and complex leaves of ``params`` that ``select``, if given, chooses."""
         entries, treedef = jax.tree_util.tree_flatten_with_path(params)
-        leaves = tuple(jnp.asarray(leaf) for _, leaf in entries)
-        chosen = (
+        chosen = tuple(
             position
             for position, (path, leaf) in enumerate(entries)
             if is_inexact(leaf) and (select is None or select(path_name(path), leaf))
         )
-        return cls(treedef, leaves, tuple(chosen))
+        return cls(treedef, tuple(jnp.asarray(leaf) for _, leaf in entries), chosen)
 
     def select(self, leaves: Any) -> Leaves:
         """The entries of ``leaves``, one for each leaf of the tree, that are differentiated."""

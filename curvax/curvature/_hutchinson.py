@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import as_key, check_choice, check_count, check_keywords, warn_of_batch_stats
+from curvax._checks import (
+    as_key,
+    check_arrays,
+    check_choice,
+    check_count,
+    check_keywords,
+    warn_of_batch_stats,
+)
 from curvax._trees import Differentiable, PyTree, Tree, is_inexact, varying_like, widen
 from curvax.curvature._compiled import Static, compiled_once
 from curvax.curvature._modes import Mode
@@ -267,6 +274,7 @@ def _estimate(
     check_count("num_probes", options.num_probes)
     check_count("probe_batch_size", options.probe_batch_size)
     check_keywords(name, fun, ("key", *_Options._fields))
+    check_arrays(params)
     warn_of_batch_stats(params)
     if key is None and options.method != "exact":
         raise ValueError('a random estimate needs a key; pass key= or method="exact".')

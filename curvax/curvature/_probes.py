@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import as_key, check_choice
+from curvax._checks import as_key, check_arrays, check_choice
 from curvax._trees import PyTree, Tree, is_inexact, varying_like
 
 Distribution = Literal["rademacher", "normal"]
@@ -71,6 +71,7 @@ def random_probe(
       (dtype(bfloat16), True)
     """
     check_choice("distribution", distribution, get_args(Distribution))
+    check_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from curvax._checks import check_choice
+from curvax._checks import check_arrays, check_choice
 from curvax._layouts import Axes, KernelLayout, Layout, check_layout, kernel_layout
 from curvax._trees import PyTree, named_leaves, path_name, shape_of
 
@@ -152,6 +152,7 @@ def averaging_table(
     """
     check_averaging(averaging, layout)
     rows = [("path", "shape", "layout", "averaged")]
+    check_arrays(params)
     for name, leaf in named_leaves(params):
         shape = shape_of(leaf)
         found = kernel_layout(name, shape, layout)

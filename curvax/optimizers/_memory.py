@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from curvax._checks import check_arrays
 from curvax._trees import PyTree
 from curvax.optimizers._shardings import state_shardings
 
@@ -35,6 +36,7 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
       >>> dense // 10**6, sparse // 10**6  # a million parameters
       (4100, 69)
     """
+    check_arrays(params)
     leaves = jax.tree.leaves(params)
     state = jax.eval_shape(tx.init, params)
     if not leaves or any(getattr(leaf, "sharding", None) is None for leaf in leaves):

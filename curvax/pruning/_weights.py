@@ -17,7 +17,16 @@ import numpy as np
 
 from curvax._checks import check_like, is_traced
 from curvax._layouts import KernelLayout, Layout, is_no_kernel, kernel_layout
-from curvax._trees import PyTree, Select, Tree, named_leaves, path_name, shape_of, widen
+from curvax._trees import (
+    PyTree,
+    Select,
+    Tree,
+    dtype_of,
+    named_leaves,
+    path_name,
+    shape_of,
+    widen,
+)
 
 _MANY_ZEROS = 0.2  # of weights: an earlier pruning left them
 
@@ -203,7 +212,7 @@ def chosen_leaves(params: PyTree, select: Select, layout: Layout) -> tuple[Leaf,
     """The leaves that ``select`` chooses."""
     leaves = []
     for number, (path, leaf) in enumerate(named_leaves(params)):
-        array = _as_array(path, leaf)
+        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, dtype_of(leaf, path))
         if not array.size or not select(path, array):
             continue
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -305,18 +314,6 @@ def num_kept(params: PyTree, mask: PyTree) -> int:
     """How many weights a mask keeps, of which a scalar stands for a whole leaf."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
     return sum(int(np.count_nonzero(_whole(kept, shape_of(leaf)))) for leaf, kept in pairs)
-
-
-def _as_array(path: str, leaf: Any) -> Any:
-    if hasattr(leaf, "dtype"):
-        return leaf
-    try:
-        return jnp.asarray(leaf)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"params must contain only arrays, got {type(leaf).__name__} at {path}: for an Equinox "
-            "module, pass eqx.filter(model, eqx.is_array)."
-        ) from None
 
 
 def _order(layout: KernelLayout | None, rank: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax._checks import check_choice, check_count, warn_of_batch_stats
+from curvax._checks import check_arrays, check_choice, check_count, warn_of_batch_stats
 from curvax._settled import settled
 from curvax._trees import Differentiable, PyTree, Tree, tree_norm, widen
 from curvax.curvature._batches import num_examples, parts
@@ -193,6 +193,7 @@ def _output_shape(network: Any, params: PyTree, inputs: Any) -> tuple[int, int]:
     number = num_examples(inputs, "close over what has no examples")
     if not number:
         raise ValueError("inputs are empty: the kernel needs at least one example.")
+    check_arrays(params)
     outputs = jax.eval_shape(network, params, inputs)
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != number:

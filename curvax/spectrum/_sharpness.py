@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax._checks import as_key, check_choice, check_range, check_real, check_size
+from curvax._checks import as_key, check_arrays, check_choice, check_range, check_real, check_size
 from curvax._trees import (
     PyTree,
     has_holes,
@@ -198,6 +198,7 @@ def _check_whole(params: PyTree) -> None:
             "track_sharpness needs all params, but optax.masked and optax.partition hide some: "
             "put it in a chain outside them."
         )
+    check_arrays(params)
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("track_sharpness needs params with at least one entry, got none.")
 
