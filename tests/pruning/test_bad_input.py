@@ -201,7 +201,7 @@ def test_inside_jit_it_says_where_it_runs(run):
 def test_a_leaf_that_is_no_array_is_named():
     params = {**problems.params(), "activation": jax.nn.relu}
     for run in (lambda: prune(params=params), lambda: pruning.mask_of_zeros(params)):
-        with pytest.raises(ValueError, match=r"got .* at activation.*eqx.filter"):
+        with pytest.raises(ValueError, match=r"got .* at activation.*eqx.partition"):
             run()
 
 

@@ -824,7 +824,7 @@ def test_wrong_arguments_are_errors_at_once(arguments, message):
         ({"select": lambda path, leaf: False}, "select chooses no leaf of params; their paths are"),
         (
             {"sparsity": {"first": 0.5, "third": 0.1}},
-            "pattern 'third' .* match of no selected leaf",
+            "pattern 'third' sets the target of no leaf",
         ),
         (
             {"method": "fisher"},
