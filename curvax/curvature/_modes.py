@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 
 from curvax._checks import is_traced
 from curvax.curvature._compiled import Static
@@ -48,7 +47,7 @@ def through_graph(fun: Callable[..., Any], *args: Any) -> Any:
 
     graph = jax.make_jaxpr(arrays)(*args)
     check_graph(graph.jaxpr)
-    outputs = jaxpr_as_fun(graph)(*jax.tree.leaves(args))
+    outputs = jax.core.eval_jaxpr(graph.jaxpr, graph.consts, *jax.tree.leaves(args))
     return rest[-1].merge(outputs)
 
 
