@@ -28,8 +28,7 @@ QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev
 
 # The package, its docstrings and README.
 test: $(VENV)/.test
-	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) curvax tests README.md \
-		$(patsubst %,--ignore %,$(EXAMPLES)) $(ARGS)
+	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) --ignore-glob 'docs/*' $(EXAMPLES:%=--ignore %) $(ARGS)
 
 # The code on the pages, the scripts and notebooks, and what measures.
 EXAMPLES := tests/test_examples.py tests/test_notebooks.py tests/benchmarks

@@ -11,8 +11,7 @@ import pytest
 # set before any test module is imported, for every test of the session.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Traced programs are many objects that live long: looking for garbage among them less often saves
-# a twentieth of the time.
+# Traced programs are many objects that live long: looking for garbage among them takes time.
 gc.set_threshold(20_000, 30, 30)
 
 C_LIBRARY = ctypes.CDLL(None)

@@ -154,8 +154,8 @@ def hessian_diag(
       key: a PRNG key or an integer seed; not needed by ``"exact"``.
       num_probes: the number of probes $S$.
       probe_batch_size: the number of products vectorized at a time. One takes the memory of a
-        single product; more is faster on accelerators. (On a CPU the gradients of a convolution
-        are slow inside the compiled estimate, whatever this is: there, average
+        single product; larger is faster. (On a CPU the gradients of a convolution are slow inside
+        the compiled estimate, whatever this is: there, average
         `curvax.value_grad_and_hessian_diag` over keys in a Python loop, and take a trace by
         `curvax.spectrum.trace`.)
       distribution: ``"rademacher"`` or ``"normal"``.

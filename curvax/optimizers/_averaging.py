@@ -151,8 +151,8 @@ def averaging_table(
       mix/kernel    (6, 4, 8)     LIO     (1,)
     """
     check_averaging(averaging, layout)
-    rows = [("path", "shape", "layout", "averaged")]
     check_arrays(params)
+    rows = [("path", "shape", "layout", "averaged")]
     for name, leaf in named_leaves(params):
         shape = shape_of(leaf)
         found = kernel_layout(name, shape, layout)

@@ -47,8 +47,7 @@ def test_odd_trees_are_updated_from_a_function(row, name):
     else:
         loss = coupled_loss
         grads = jax.grad(loss)(params)
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p, **row.from_function(loss)))
-    updates, new_state = step(grads, state, params)
+    updates, new_state = tx.update(grads, state, params, **row.from_function(loss))
     assert types(updates) == types(params)
     assert types(new_state) == types(state)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
