@@ -1,6 +1,6 @@
 """Second-order optimization for Optax.
 
-Optimizers: `adahessian`, `mfac`, and transformations to chain with them.
+Optimizers: `adahessian`, `mfac`, `natural_gradient`, and transformations to chain with them.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
 matrices, most of them computed with value and gradient in one pass. The inverse empirical Fisher
 matrix of given gradients: `inverse_fisher`. Optimal Brain Surgeon with it: `curvax.pruning`. The
@@ -41,6 +41,7 @@ from curvax.optimizers import (
     HutchinsonEstimatorState,
     ScaleByAdaHessianState,
     ScaleByMfacState,
+    ScaleByNaturalGradientState,
     accumulate_hessian_diag,
     adahessian,
     averaging_table,
@@ -48,8 +49,10 @@ from curvax.optimizers import (
     merge_masked,
     mfac,
     mfac_ihvp,
+    natural_gradient,
     scale_by_adahessian,
     scale_by_mfac,
+    scale_by_natural_gradient,
     state_bytes,
     state_shardings,
     without_curvature,
@@ -67,6 +70,7 @@ __all__ = [
     "RefreshState",
     "ScaleByAdaHessianState",
     "ScaleByMfacState",
+    "ScaleByNaturalGradientState",
     "TraceEstimate",
     "WeightedTargets",
     "accumulate_hessian_diag",
@@ -86,11 +90,13 @@ __all__ = [
     "merge_masked",
     "mfac",
     "mfac_ihvp",
+    "natural_gradient",
     "pruning",
     "random_probe",
     "refresh_due",
     "scale_by_adahessian",
     "scale_by_mfac",
+    "scale_by_natural_gradient",
     "softmax_cross_entropy",
     "spectrum",
     "squared_error",

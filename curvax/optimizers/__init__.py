@@ -18,6 +18,11 @@ from curvax.optimizers._hutchinson_estimator import (
 from curvax.optimizers._memory import state_bytes
 from curvax.optimizers._mfac import ScaleByMfacState, mfac, scale_by_mfac
 from curvax.optimizers._mfac_ihvp import mfac_ihvp
+from curvax.optimizers._natural_gradient import (
+    ScaleByNaturalGradientState,
+    natural_gradient,
+    scale_by_natural_gradient,
+)
 from curvax.optimizers._shardings import state_shardings
 from curvax.optimizers._without_curvature import without_curvature
 
@@ -27,6 +32,7 @@ __all__ = [
     "HutchinsonEstimatorState",
     "ScaleByAdaHessianState",
     "ScaleByMfacState",
+    "ScaleByNaturalGradientState",
     "accumulate_hessian_diag",
     "adahessian",
     "averaging_table",
@@ -34,8 +40,10 @@ __all__ = [
     "merge_masked",
     "mfac",
     "mfac_ihvp",
+    "natural_gradient",
     "scale_by_adahessian",
     "scale_by_mfac",
+    "scale_by_natural_gradient",
     "state_bytes",
     "state_shardings",
     "without_curvature",

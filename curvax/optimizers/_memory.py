@@ -94,6 +94,14 @@ def _device_memory(leaves: list[Any]) -> float:
     return statistics.get("bytes_limit", _machine_memory())
 
 
+def local_memory() -> float:
+    """The memory of this process's devices together, in bytes."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":  # they share the machine's
+        return _machine_memory()
+    return sum((d.memory_stats() or {}).get("bytes_limit", math.inf) for d in devices)
+
+
 def _machine_memory() -> float:
     if not hasattr(os, "sysconf"):
         return math.inf

@@ -45,12 +45,12 @@ def checked_preparation(
     if centered and number < 2:
         raise ValueError("centered=True needs at least two gradients, got one.")
     if weights is not None:
-        _check_weights(weights, number)
+        check_weights(weights, number)
         weights = jnp.asarray(weights)
     return Preparation(weights, centered, real_part)
 
 
-def _check_weights(weights: Any, number: int) -> None:
+def check_weights(weights: Any, number: int) -> None:
     if jnp.shape(weights) != (number,):
         raise ValueError(
             f"weights must have shape ({number},), one per gradient, got {jnp.shape(weights)}."
@@ -95,7 +95,9 @@ def _all_finite(leaf: Any) -> bool:
     # Row by row, so that a memory map is never wholly in memory.
     if isinstance(leaf, np.ndarray):
         return all(bool(np.isfinite(row).all()) for row in leaf)
-    return bool(_finite(leaf))
+    # An array that a traced function closes over is known, but what is computed of it is traced.
+    with jax.ensure_compile_time_eval():
+        return bool(_finite(leaf))
 
 
 @jax.jit

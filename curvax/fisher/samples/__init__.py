@@ -1,0 +1,19 @@
+"""Products with the rows of $G$, one or several an example: stored, or computed as they are needed.
+
+All is in real coordinates: a complex parameter is two of them, and a complex output two outputs.
+"""
+
+from curvax.fisher.samples._coordinates import Coordinates
+from curvax.fisher.samples._jacobian import JacobianRows
+from curvax.fisher.samples._micro_batches import MicroBatchedRows, in_micro_batches
+from curvax.fisher.samples._stored import Rows, StoredRows, stored_rows
+
+__all__ = [
+    "Coordinates",
+    "JacobianRows",
+    "MicroBatchedRows",
+    "Rows",
+    "StoredRows",
+    "in_micro_batches",
+    "stored_rows",
+]
