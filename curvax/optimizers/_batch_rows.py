@@ -22,6 +22,7 @@ from curvax.fisher.samples import (
     JacobianRows,
     MicroBatchedRows,
     Rows,
+    has_mesh,
     in_micro_batches,
     stored_rows,
 )
@@ -141,7 +142,9 @@ def of_outputs(
         options.centered,
         coordinates.dtype,
     )
-    rows = jacobian.stored() if size is None else MicroBatchedRows(jacobian, size)
+    # On a mesh rows are computed again, not sent.
+    is_stored = size is None and not has_mesh()
+    rows = jacobian.stored() if is_stored else MicroBatchedRows(jacobian, size or number)
     return _batch_rows(rows, chosen.samples, weights, coordinates)
 
 

@@ -27,7 +27,7 @@ from curvax.curvature._losses import Loss, output_loss
 from curvax.curvature._output_rows import Matrix
 from curvax.fisher._cholesky import diagonal
 from curvax.fisher._damped_gram import solve_damped_gram
-from curvax.fisher.samples import Coordinates
+from curvax.fisher.samples import Coordinates, on_every_device
 from curvax.optimizers._batch_rows import BatchRows, OutputOptions, of_gradients, of_outputs
 
 Scalar = jax.typing.ArrayLike
@@ -347,7 +347,7 @@ def _direction(
         shift = damping * jnp.where(size > 0, size, 1)
     gram = jnp.where(finite, gram, jnp.eye(len(gram), dtype=gram.dtype))
     rest = jnp.where(finite, rest, 0)
-    solution = solve_damped_gram(gram, shift, rest)
+    solution = on_every_device(solve_damped_gram, gram, shift, rest)
     parts = batch.rows.combine(solution.x)
     if carried is not None:
         parts = [part + old for part, old in zip(parts, carried, strict=True)]

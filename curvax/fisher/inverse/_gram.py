@@ -86,7 +86,11 @@ def squares_below(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.
 @partial(jax.jit, static_argnames="cut")
 def gram_of_cut(rows: jax.Array, *, cut: Cut) -> jax.Array:
     """As `gram`, compiled."""
+    return _gram(rows, cut)
 
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gram(rows: jax.Array, cut: Cut) -> jax.Array:
     def in_chunks(chunks: "_Chunks") -> jax.Array:
         def add(index: jax.Array, total: jax.Array) -> jax.Array:
             return total + _lower_products(chunks.at(index))
@@ -95,6 +99,16 @@ def gram_of_cut(rows: jax.Array, *, cut: Cut) -> jax.Array:
 
     lower = _by_platform(in_chunks, _lower_products, rows, cut)
     return jnp.tril(lower) + jnp.conj(jnp.tril(lower, -1).T)
+
+
+@_gram.defjvp
+def _gram_tangent(
+    cut: Cut, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """One product. XLA's CPU backend of jaxlib 0.10 crashes in those of transposed row blocks."""
+    (rows,), (tangent,) = primals, tangents
+    product = _products(tangent, rows, replicated(rows))
+    return _gram(rows, cut), product + jnp.conj(product.T)
 
 
 @partial(jax.jit, static_argnames="cut")
@@ -163,18 +177,20 @@ class _Chunks(NamedTuple):
 
 def _lower_products(rows: jax.Array) -> jax.Array:
     """The lower triangle of the Gram matrix, and zeros or products above it."""
-    axes = tuple(range(1, rows.ndim))
     blocks = []
     for start, stop in _row_blocks(len(rows)):
-        block = jax.lax.dot_general(
-            rows[start:stop],
-            jnp.conj(rows[:stop]),
-            ((axes, axes), ((), ())),
-            precision=HIGHEST,
-            out_sharding=replicated(rows),
-        )
+        block = _products(rows[start:stop], rows[:stop], replicated(rows))
         blocks.append(jnp.pad(block, ((0, 0), (0, len(rows) - stop))))
     return jnp.concatenate(blocks)
+
+
+def _products(left: jax.Array, right: jax.Array, out_sharding: Any) -> jax.Array:
+    """The inner products of rows and rows, $A B^H$."""
+    axes = tuple(range(1, left.ndim))
+    contracted = ((axes, axes), ((), ()))
+    return jax.lax.dot_general(
+        left, jnp.conj(right), contracted, precision=HIGHEST, out_sharding=out_sharding
+    )
 
 
 def _squares(triangle: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

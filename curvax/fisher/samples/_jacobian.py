@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import Leaves
+from curvax.fisher.samples._mesh import sharded_like
 from curvax.fisher.samples._stored import StoredRows, stored_rows
 
 
@@ -70,4 +71,5 @@ class JacobianRows:
     def pulled_back(self, examples: Any, cotangents: jax.Array) -> Leaves:
         """The sum over some examples of $J_i^T u_i$, for cotangents of shape (n, k)."""
         outputs, pullback = jax.vjp(lambda p: self.outputs(p, examples), self.point)
-        return [leaf.astype(self.dtype) for leaf in pullback(cotangents.astype(outputs.dtype))[0]]
+        cotangents = sharded_like(cotangents.astype(outputs.dtype), outputs)
+        return [leaf.astype(self.dtype) for leaf in pullback(cotangents)[0]]

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from curvax._trees import Leaves, varying_like
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.samples._jacobian import JacobianRows
-from curvax.fisher.window._dense import leaf_dots, pairwise_sum, replicated
+from curvax.fisher.samples._mesh import free_of_types, has_mesh, replicated
+from curvax.fisher.samples._products import (
+    products_with,
+    products_with_themselves,
+    products_with_vector,
+)
 
 
 class _Cut(NamedTuple):
@@ -88,20 +93,25 @@ class MicroBatchedRows(NamedTuple):
         shape = cut.size, cut.parts, per_example
 
         def put(gram: jax.Array, block: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-            block = block.reshape(cut.size, 1, per_example, cut.size, 1, per_example)
+            block = free_of_types(block).reshape(cut.size, 1, per_example, cut.size, 1, per_example)
             return jax.lax.dynamic_update_slice(gram, block, (0, row, 0, 0, column, 0))
 
         def of_micro_batch(index: jax.Array, sums: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             gram, dots = sums
             first = rows_of(index)
-            gram = put(gram, _products(first, first), index, index)
+            if has_mesh():
+                block = products_with(first, rows_of(index, everywhere=True))
+            else:
+                block = products_with_themselves(first)
+            gram = put(gram, block, index, index)
             if vector is not None:
-                part = _dots(first, vector).reshape(cut.size, 1, per_example)
+                part = free_of_types(products_with_vector(first, vector))
+                part = part.reshape(cut.size, 1, per_example)
                 dots = jax.lax.dynamic_update_slice_in_dim(dots, part, index, axis=1)
 
             def pair(shift: jax.Array, gram: jax.Array) -> jax.Array:
                 other = (index + shift) % cut.parts
-                block = _products(first, rows_of(other))
+                block = products_with(first, rows_of(other, everywhere=True))
                 return put(put(gram, block, index, other), block.T, other, index)
 
             # Half of the others, around a circle: each pair is met once, or twice if opposite.
@@ -121,17 +131,23 @@ class MicroBatchedRows(NamedTuple):
             weights -= self.jacobian.shares[:, jnp.newaxis] * jnp.sum(weights, axis=0)
         return self._pulled_back(weights)
 
-    def _rows(self, cut: _Cut) -> Callable[[jax.Array], Leaves]:
-        """A function that computes the rows of a micro-batch, weighted and centred."""
+    def _rows(self, cut: _Cut) -> Callable[..., Leaves]:
+        """A function that computes the rows of a micro-batch, weighted and centred.
+
+        On a mesh, ``everywhere`` says that each device computes all of them: that costs less than
+        to send rows.
+        """
         examples = cut.of_tree(self.jacobian.examples, fill=True)
         directions = cut.of_tree(self.jacobian.directions, fill=True)
         roots, mean = cut.of_tree(self.jacobian.roots, fill=True), self._mean()
 
-        def rows_of(index: jax.Array) -> Leaves:
-            leaves = self.jacobian.of_examples(examples(index), directions(index))
+        def rows_of(index: jax.Array, *, everywhere: bool = False) -> Leaves:
+            parts = examples(index), directions(index), roots(index)
+            part, chosen, root = replicated(parts) if everywhere else parts
+            leaves = self.jacobian.of_examples(part, chosen)
 
             def prepared(rows: jax.Array, mean: jax.Array) -> jax.Array:
-                column = roots(index).reshape(-1, *[1] * (rows.ndim - 1))
+                column = root.reshape(-1, *[1] * (rows.ndim - 1))
                 rows = column * (rows.astype(self.jacobian.dtype) - mean)
                 return rows.reshape(-1, *rows.shape[2:])
 
@@ -164,21 +180,3 @@ class MicroBatchedRows(NamedTuple):
 
     def _varying(self, start: Any) -> Any:
         return varying_like(start, (self.jacobian.point, self.jacobian.examples))
-
-
-def _products(first: Leaves, second: Leaves) -> jax.Array:
-    """$G_a G_b^T$, summed over leaves."""
-
-    def of_leaf(one: jax.Array, other: jax.Array) -> jax.Array:
-        axes = tuple(range(1, one.ndim))
-        return jax.lax.dot_general(
-            one, other, ((axes, axes), ((), ())), precision=HIGHEST, out_sharding=replicated(one)
-        )
-
-    blocks = [of_leaf(*pair) for pair in zip(first, second, strict=True) if pair[0].size]
-    return pairwise_sum(jnp.stack(blocks, axis=-1))
-
-
-def _dots(rows: Leaves, vector: Leaves) -> jax.Array:
-    sums = [leaf_dots(*pair) for pair in zip(rows, vector, strict=True) if pair[0].size]
-    return pairwise_sum(jnp.stack(sums, axis=1))

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import Leaves
-from curvax.fisher.inverse._gram import gram
-from curvax.fisher.window._dense import leaf_combine, leaf_dots, pairwise_sum
+from curvax.fisher.samples._mesh import has_mesh, replicated
+from curvax.fisher.samples._products import (
+    products_with,
+    products_with_themselves,
+    products_with_vector,
+)
+from curvax.fisher.window._dense import leaf_combine
 
 
 class Rows(Protocol):
@@ -30,13 +35,11 @@ class StoredRows(NamedTuple):
     leaves: Leaves
 
     def gram_and_dots(self, vector: Leaves | None) -> tuple[jax.Array, jax.Array | None]:
-        filled = [rows for rows in self.leaves if rows.size]
-        total = sum(map(gram, filled[1:]), start=gram(filled[0]))
-        if vector is None:
-            return total, None
-        pairs = zip(self.leaves, vector, strict=True)
-        sums = [leaf_dots(rows, leaf) for rows, leaf in pairs if rows.size]
-        return total, pairwise_sum(jnp.stack(sums, axis=1))
+        if has_mesh():
+            products = products_with(self.leaves, replicated(self.leaves))
+        else:
+            products = products_with_themselves(self.leaves)
+        return products, None if vector is None else products_with_vector(self.leaves, vector)
 
     def combine(self, weights: jax.Array) -> Leaves:
         return [leaf_combine(rows, weights, rows[0]) for rows in self.leaves]

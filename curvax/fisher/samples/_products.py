@@ -1,0 +1,43 @@
+"""Products of rows with other rows and with a vector, leaf by leaf."""
+
+import jax
+import jax.numpy as jnp
+
+from curvax._trees import Leaves
+from curvax.fisher._cholesky import HIGHEST
+from curvax.fisher.inverse._gram import gram
+from curvax.fisher.window._dense import leaf_dots, pairwise_sum
+
+
+def products_with_themselves(rows: Leaves) -> jax.Array:
+    """$G G^T$, of shape (m, m)."""
+    filled = [leaf for leaf in rows if leaf.size]
+    return sum(map(gram, filled[1:]), start=gram(filled[0]))
+
+
+def products_with(rows: Leaves, others: Leaves) -> jax.Array:
+    """$G_a G_b^T$, of shape (m_a, m_b)."""
+
+    def of_leaf(one: jax.Array, other: jax.Array) -> jax.Array:
+        axes = tuple(range(1, one.ndim))
+        sharding = _rows_sharding(one)
+        return jax.lax.dot_general(
+            one, other, ((axes, axes), ((), ())), precision=HIGHEST, out_sharding=sharding
+        )
+
+    blocks = [of_leaf(*pair) for pair in zip(rows, others, strict=True) if pair[0].size]
+    return pairwise_sum(jnp.stack(blocks, axis=-1))
+
+
+def products_with_vector(rows: Leaves, vector: Leaves) -> jax.Array:
+    """$G v$, of shape (m,)."""
+    sums = [leaf_dots(*pair) for pair in zip(rows, vector, strict=True) if pair[0].size]
+    return pairwise_sum(jnp.stack(sums, axis=1))
+
+
+def _rows_sharding(rows: jax.Array) -> jax.sharding.NamedSharding | None:
+    """On an explicit mesh, the sharding of (m_a, m_b) with the first axis as that of the rows."""
+    sharding = jax.typeof(rows).sharding
+    if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
+        return None
+    return sharding.update(spec=jax.P(sharding.spec[0], None))
