@@ -36,9 +36,9 @@ def of_cotangents(cotangents: jax.Array, matrix: Matrix) -> OutputRows:
     Gauss-Newton matrix.
     """
     if matrix == "gauss_newton":
-        number, size = cotangents.shape
-        identity = jnp.eye(size, dtype=cotangents.dtype)
-        return OutputRows(jnp.broadcast_to(identity, (number, size, size)), cotangents)
+        # Zeros like the cotangents are sharded as they are.
+        identity = jnp.eye(cotangents.shape[1], dtype=cotangents.dtype)
+        return OutputRows(jnp.zeros_like(cotangents)[:, jnp.newaxis] + identity, cotangents)
     if matrix == "empirical_fisher":
         return OutputRows(cotangents[:, jnp.newaxis], jnp.ones_like(cotangents[:, :1]))
     lengths = jnp.linalg.norm(cotangents, axis=1, keepdims=True)

@@ -366,7 +366,7 @@ def _as_updates(tree: PyTree, factor: jax.Array, like: tuple[Any, ...]) -> PyTre
     leaves: Leaves = jax.tree.leaves(tree)
 
     def of_leaf(leaf: jax.Array, param: Any) -> jax.Array:
-        return (leaf * factor).astype(param.dtype) if is_inexact(param) else leaf
+        return (leaf * factor).astype(jnp.result_type(param)) if is_inexact(param) else leaf
 
     pairs = zip(leaves, like, strict=True)
     return jax.tree.unflatten(

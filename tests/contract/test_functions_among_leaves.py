@@ -33,6 +33,7 @@ CALLS = {
     "adahessian": lambda params: curvax.adahessian(0.1).init(params),
     "mfac": lambda params: curvax.mfac(0.1, 4).init(params),
     "mfac, sparse": lambda params: curvax.mfac(0.1, 4, density=0.5).init(params),
+    "natural_gradient": lambda params: curvax.natural_gradient(0.1).init(params),
     "state_bytes": lambda params: curvax.state_bytes(curvax.mfac(0.1, 4), params),
     "track_sharpness": lambda params: spectrum.track_sharpness(0.1).init(params),
     "prune_on_schedule": lambda params: pruning.prune_on_schedule(

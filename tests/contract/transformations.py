@@ -74,6 +74,20 @@ def mfac(params, **options):
     return curvax.mfac(**options, num_grads=3)
 
 
+def natural_gradient(params, **options):
+    del params
+    return curvax.natural_gradient(**options, micro_batch_size=2)
+
+
+def three_residuals(loss, params):
+    """Three multiples of a loss, as the residuals of three examples."""
+    del params
+    return {
+        "outputs_fn": lambda params, factors: factors * loss(params),
+        "batch": jnp.arange(1.0, 4),
+    }
+
+
 RATE = {"learning_rate": 0.1}
 INTERVAL = {**RATE, "update_interval": 3, "refresh_warmup": 2, "clip_threshold": 0.5}
 
@@ -90,6 +104,12 @@ TRANSFORMATIONS = (
         flattens=True,
     ),
     Transformation("mfac", mfac, {**RATE, "damping": 0.1}, flattens=True),
+    Transformation(
+        "natural_gradient",
+        natural_gradient,
+        {**RATE, "damping": 0.1, "momentum": 0.5},
+        three_residuals,
+    ),
     Transformation("keep_pruned", keep_pruned, RATE),
     Transformation("keep_pruned-alone", lambda p: pruning.keep_pruned(mask_of(p))),
     Transformation("prune_on_schedule", prune_on_schedule),
