@@ -3,11 +3,12 @@
 Optimizers: `adahessian`, `mfac`, `natural_gradient`, and transformations to chain with them.
 Curvature of a loss: products, diagonals and traces of its Hessian, Gauss-Newton and Fisher
 matrices, most of them computed with value and gradient in one pass. The inverse empirical Fisher
-matrix of given gradients: `inverse_fisher`. Optimal Brain Surgeon with it: `curvax.pruning`. The
-spectrum of a loss's curvature: `curvax.spectrum`.
+matrix of given gradients: `inverse_fisher`. Optimal Brain Surgeon with it: `curvax.pruning`. Data
+attribution by influence functions: `curvax.influence`. The spectrum of a loss's curvature:
+`curvax.spectrum`.
 """
 
-from curvax import pruning, spectrum
+from curvax import influence, pruning, spectrum
 from curvax._layouts import KernelLayout
 from curvax.curvature import (
     DiagEstimate,
@@ -85,6 +86,7 @@ __all__ = [
     "hessian_trace",
     "hutchinson_estimator",
     "hvp",
+    "influence",
     "inverse_fisher",
     "linearized_hvp",
     "merge_masked",

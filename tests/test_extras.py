@@ -51,7 +51,7 @@ def test_the_package_imports_only_itself_beside_jax_optax_and_numpy():
     program = (
         "import sys, jax, optax, numpy\n"
         "before = set(sys.modules)\n"
-        "import curvax, curvax.pruning, curvax.spectrum\n"
+        "import curvax, curvax.influence, curvax.pruning, curvax.spectrum\n"
         "print(*sorted(m for m in set(sys.modules) - before if m.split('.')[0] != 'curvax'))"
     )
     run = subprocess.run(

@@ -10,12 +10,13 @@ import pytest
 import curvax
 import curvax.curvature
 import curvax.fisher
+import curvax.influence
 import curvax.optimizers
 import curvax.pruning
 import curvax.spectrum
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("pruning", "spectrum")
+PACKAGES = ("influence", "pruning", "spectrum")
 TOP_LEVEL = [name for name in curvax.__all__ if name not in PACKAGES]
 INNER = [
     *(f"fisher.{name}" for name in curvax.fisher.__all__ if name not in TOP_LEVEL),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import curvax
-from curvax import pruning, spectrum
+from curvax import influence, pruning, spectrum
 
 MODULE = {"kernel": jnp.ones((2, 1)), "activation": jnp.tanh}
 INPUTS, TARGETS = jnp.ones((16, 2)), jnp.ones((16, 1))
@@ -66,6 +66,7 @@ CALLS = {
     "prune_one_shot": lambda params: pruning.prune_one_shot(
         loss, params, [(INPUTS, TARGETS)] * 16, 0.5
     ),
+    "ggn_influence": lambda params: influence.ggn_influence(*OUTPUTS, params, (INPUTS, TARGETS)),
     "prune": lambda params: pruning.prune(params, None, 0.5, method="magnitude"),
 }
 

@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from curvax._trees import Leaves
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.inverse._gram import gram
+from curvax.fisher.samples._mesh import has_mesh
 from curvax.fisher.window._dense import leaf_dots, pairwise_sum
+
+_SMALL = 4096  # entries of a leaf: a product of (m, m) for each would cost more than it computes
 
 
 def products_with_themselves(rows: Leaves) -> jax.Array:
-    """$G G^T$, of shape (m, m)."""
-    filled = [leaf for leaf in rows if leaf.size]
-    return sum(map(gram, filled[1:]), start=gram(filled[0]))
+    """$G G^T$, of shape (m, m), of rows on one device."""
+    parts = _merged(rows)
+    return sum(map(gram, parts[1:]), start=gram(parts[0]))
 
 
 def products_with(rows: Leaves, others: Leaves) -> jax.Array:
@@ -25,7 +28,8 @@ def products_with(rows: Leaves, others: Leaves) -> jax.Array:
             one, other, ((axes, axes), ((), ())), precision=HIGHEST, out_sharding=sharding
         )
 
-    blocks = [of_leaf(*pair) for pair in zip(rows, others, strict=True) if pair[0].size]
+    pairs = zip(_merged(rows), _merged(others), strict=True)
+    blocks = [of_leaf(*pair) for pair in pairs]
     return pairwise_sum(jnp.stack(blocks, axis=-1))
 
 
@@ -41,3 +45,13 @@ def _rows_sharding(rows: jax.Array) -> jax.sharding.NamedSharding | None:
     if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
         return None
     return sharding.update(spec=jax.P(sharding.spec[0], None))
+
+
+def _merged(rows: Leaves) -> Leaves:
+    """The leaves that have entries, with small ones side by side unless a mesh may split them."""
+    filled = [leaf for leaf in rows if leaf.size]
+    if has_mesh():
+        return filled
+    small = [leaf.reshape(len(leaf), -1) for leaf in filled if leaf.size < _SMALL * len(leaf)]
+    large = [leaf for leaf in filled if leaf.size >= _SMALL * len(leaf)]
+    return [*large, jnp.concatenate(small, axis=1)] if small else large
