@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +97,27 @@ def test_more_gradients_than_images_are_refused(pruning_demo, capsys):
     with pytest.raises(SystemExit):
         pruning_demo.main(["--num-grads", "5000"])
     assert "--num-grads is above the 1437 training images" in capsys.readouterr().err
+
+
+def test_poissons_equation_has_an_error_for_each_optimizer(example, tmp_path, capsys):
+    poisson = example("poisson")
+    plot = tmp_path / "errors.png"
+    poisson.main(["--seconds", "0.1", "--width", "8", "--output", str(plot)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[1:-1]] == list(poisson.CONTESTANTS)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_natural_gradient_solves_poissons_equation_in_forty_steps(example):
+    poisson = example("poisson")
+    with jax.enable_x64(True):
+        tx, step = poisson.natural_gradient()
+        params = poisson.init(jax.random.key(0), width=16)
+        keys = jax.random.split(jax.random.key(1), 40)
+        step, state = jax.jit(step), tx.init(params)
+        for key in keys:
+            params, state, _ = step(params, state, key)
+        assert poisson.relative_error(params) < 1e-3
 
 
 def test_a_missing_file_is_one_sentence(demo, tmp_path, capsys):

@@ -4,8 +4,8 @@ A matrix is scaled to a unit diagonal, so that gradients may have very different
 factored by panels of 128 rows: the factorization of a diagonal block is XLA's, the rest is matrix
 products. On a CPU, XLA passes a whole matrix to LAPACK, whose threads then busy-wait for about 20
 ms and take the cores from the two passes over M-FAC's window: at $m = 512$ a step of 59 ms then
-took 85 ms (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128 are factored by a single
-thread. On a TPU a whole factorization is a loop over columns.
+took 85 ms (``benchmarks/mfac_solve.py`` times the solvers). Blocks of 128, or of 64 in float64, are
+factored by a single thread. On a TPU a whole factorization is a loop over columns.
 """
 
 import math
@@ -18,6 +18,7 @@ from curvax._trees import varying_like
 
 HIGHEST = jax.lax.Precision.HIGHEST
 _BLOCK = 128
+_FLOAT64_BLOCK = 64  # LAPACK takes several threads from 128 on in float64, from 256 in float32
 _PANELS = 16  # at most: compilation grows with them
 _SUBSTITUTED = 16  # the largest that LAPACK solves for by a single thread, with many columns
 
@@ -89,8 +90,7 @@ def blocked_cholesky(matrix: jax.Array) -> BlockedCholesky:
     rest = _padded(matrix, -size % block)
     panels = []
     while rest.shape[-1]:
-        factor = jax.lax.linalg.cholesky(rest[..., :block, :block], symmetrize_input=False)
-        inverse = _inverse_of_lower(factor)
+        inverse = _inverse_of_factor(rest[..., :block, :block])
         row = _product(inverse, rest[..., :block, block:])
         panels.append(Panel(inverse, row))
         rest = rest[..., block:, block:] - _product(_adjoint(row), row)
@@ -216,6 +216,25 @@ def _pad_last(array: jax.Array, margin: int) -> jax.Array:
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, margin)])
 
 
+def _inverse_of_factor(matrix: jax.Array) -> jax.Array:
+    r"""$L^{-1}$ with $A = L L^H$, of shape (..., k, k), by halves until a single thread does it."""
+    size = matrix.shape[-1]
+    if size <= (_FLOAT64_BLOCK if matrix.dtype == jnp.float64 else _BLOCK):
+        return _inverse_of_lower(jax.lax.linalg.cholesky(matrix, symmetrize_input=False))
+    half = size // 2
+    first = _inverse_of_factor(matrix[..., :half, :half])
+    row = _product(first, matrix[..., :half, half:])
+    second = _inverse_of_factor(matrix[..., half:, half:] - _product(_adjoint(row), row))
+    corner = -_product(_product(second, _adjoint(row)), first)
+    return _lower(first, corner, second)
+
+
+def _lower(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
+    """Lower triangles from their blocks of equal size."""
+    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
 def _inverse_of_lower(factor: jax.Array) -> jax.Array:
     """The inverse of lower triangles, of shape (..., k, k)."""
     # Threads of LAPACK would busy-wait after each whole substitution too, and a GPU is quicker with
@@ -247,7 +266,7 @@ def _by_doubling(factor: jax.Array) -> jax.Array:
         blocks = _on_diagonal(factor, 2 * side)
         first, second = inverses[::2], inverses[1::2]
         corner = -_product(_product(second, blocks[:, side:, :side]), first)
-        inverses = jnp.block([[first, jnp.zeros_like(corner)], [corner, second]])
+        inverses = _lower(first, corner, second)
     return inverses[0]
 
 
