@@ -24,6 +24,7 @@ from curvax.fisher.samples import (
     Rows,
     has_mesh,
     in_micro_batches,
+    share_of,
     stored_rows,
 )
 from curvax.optimizers._memory import local_memory
@@ -144,7 +145,7 @@ def of_outputs(
     )
     # On a mesh rows are computed again, not sent.
     is_stored = size is None and not has_mesh()
-    rows = jacobian.stored() if is_stored else MicroBatchedRows(jacobian, size or number)
+    rows = jacobian.stored() if is_stored else MicroBatchedRows(jacobian, size or share_of(number))
     return _batch_rows(rows, chosen.samples, weights, coordinates)
 
 

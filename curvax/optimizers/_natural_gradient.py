@@ -266,8 +266,9 @@ def natural_gradient(
         their root mean square may change at a learning rate of 1. The direction carried over is not
         bounded.
       micro_batch_size: with ``outputs_fn``, the number of examples whose rows are in memory
-        together; None for all. The rows of two micro-batches are in memory, and are computed
-        again for each pair.
+        together, twice; they are computed again for each pair of micro-batches. None for all on one
+        device, and on a mesh for as many as one device has of all examples. There it should be a
+        multiple of the number of devices.
       weight_decay: the decoupled weight decay $\nu$, multiplied by the learning rate.
       mask: a tree of bools, or a function of params that returns one; True leaves decay.
 

@@ -5,7 +5,7 @@ All is in real coordinates: a complex parameter is two of them, and a complex ou
 
 from curvax.fisher.samples._coordinates import Coordinates
 from curvax.fisher.samples._jacobian import JacobianRows
-from curvax.fisher.samples._mesh import has_mesh, on_every_device
+from curvax.fisher.samples._mesh import has_mesh, on_every_device, share_of
 from curvax.fisher.samples._micro_batches import MicroBatchedRows, in_micro_batches
 from curvax.fisher.samples._stored import Rows, StoredRows, stored_rows
 
@@ -18,5 +18,6 @@ __all__ = [
     "has_mesh",
     "in_micro_batches",
     "on_every_device",
+    "share_of",
     "stored_rows",
 ]

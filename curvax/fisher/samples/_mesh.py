@@ -19,6 +19,13 @@ def has_mesh() -> bool:
     return _mesh() is not None
 
 
+def share_of(number: int) -> int:
+    """How many of so many examples a device computes together: a few for each, or all of them."""
+    mesh = _mesh()
+    devices = 1 if mesh is None else mesh.size
+    return devices * -(-number // devices**2)
+
+
 def on_every_device(fun: Callable[..., Result], *arrays: jax.Array) -> Result:
     """``fun`` of small arrays, computed by every device alike, without communication."""
     mesh = _mesh()

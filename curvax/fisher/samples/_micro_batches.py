@@ -99,11 +99,8 @@ class MicroBatchedRows(NamedTuple):
         def of_micro_batch(index: jax.Array, sums: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             gram, dots = sums
             first = rows_of(index)
-            if has_mesh():
-                block = products_with(first, rows_of(index, everywhere=True))
-            else:
-                block = products_with_themselves(first)
-            gram = put(gram, block, index, index)
+            if not has_mesh():
+                gram = put(gram, products_with_themselves(first), index, index)
             if vector is not None:
                 part = free_of_types(products_with_vector(first, vector))
                 part = part.reshape(cut.size, 1, per_example)
@@ -115,7 +112,7 @@ class MicroBatchedRows(NamedTuple):
                 return put(put(gram, block, index, other), block.T, other, index)
 
             # Half of the others, around a circle: each pair is met once, or twice if opposite.
-            return jax.lax.fori_loop(1, cut.parts // 2 + 1, pair, gram), dots
+            return jax.lax.fori_loop(int(not has_mesh()), cut.parts // 2 + 1, pair, gram), dots
 
         zeros = jnp.zeros(shape, self.jacobian.dtype)
         start = jnp.zeros(shape * 2, zeros.dtype), None if vector is None else zeros
