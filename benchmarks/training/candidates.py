@@ -113,6 +113,7 @@ def natural_gradient(
     that examples that fit do not count less: of one output that is the Gauss-Newton matrix.
     $\lambda$ is relative to the mean of $|g_n|^2$ over $n$, as M-FAC's.
     """
+    tx = optax.chain(curvax.scale_by_natural_gradient(damping, relative_damping=True), tx)
 
     def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The loss of one example, and the squared length of its gradient in the outputs."""
@@ -132,10 +133,7 @@ def natural_gradient(
         rows = jax.vmap(lambda row, scale: jax.tree.map(lambda leaf: leaf / scale, row))(
             rows, scales
         )
-        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(rows))
-        inverse = curvax.inverse_fisher(rows, damping * squares / len(scales) ** 2)
-        direction = inverse.solve_in_sample_space(scales / len(scales))
-        updates, state = tx.update(direction, state, params)
+        updates, state = tx.update(rows, state, params, cotangents=scales)
         return variables._replace(params=optax.apply_updates(params, updates)), state, values.mean()
 
     return Stepper(tx.init, step)
