@@ -7,7 +7,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-examples test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-pruning bench-spectrum \
+.PHONY: demo demo-prune test test-examples test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-natural bench-pruning bench-spectrum \
 	bench-tiny bench-tpu bench-training docs notebooks gallery format check dist clean
 
 demo: $(VENV)/.examples
@@ -31,7 +31,7 @@ test: $(VENV)/.test
 	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) --ignore-glob 'docs/*' $(EXAMPLES:%=--ignore %) $(ARGS)
 
 # The code on the pages, the scripts and notebooks, and what measures.
-EXAMPLES := tests/test_examples.py tests/test_notebooks.py tests/benchmarks
+EXAMPLES := tests/test_examples.py tests/test_notebooks.py tests/test_spin_chain.py tests/benchmarks
 test-examples: $(VENV)/.test
 	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) docs $(EXAMPLES) $(ARGS)
 
@@ -59,6 +59,9 @@ bench-history: $(VENV)/.examples
 
 bench-mfac: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/mfac_step.py $(ARGS)
+
+bench-natural: $(VENV)/.benchmarks
+	PYTHONPATH=. $(BIN)/python benchmarks/natural_gradient.py $(ARGS)
 
 bench-pruning: $(VENV)/.benchmarks
 	cd benchmarks && ../$(BIN)/python -m sparsity $(ARGS)

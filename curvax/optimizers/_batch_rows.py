@@ -87,7 +87,7 @@ def of_gradients(
     leaves = [part for pair in pairs for part in _row_coordinates(*pair, is_complex=is_complex)]
     _check_memory(coordinates, *samples.shape, in_memory=number)
     rows = stored_rows(leaves, weights, centered=centered, dtype=coordinates.dtype)
-    return _batch_rows(rows, samples, weights, coordinates)
+    return _batch_rows(rows, samples, weights, coordinates, centered=centered)
 
 
 def of_outputs(
@@ -146,13 +146,22 @@ def of_outputs(
     # On a mesh rows are computed again, not sent.
     is_stored = size is None and not has_mesh()
     rows = jacobian.stored() if is_stored else MicroBatchedRows(jacobian, size or share_of(number))
-    return _batch_rows(rows, chosen.samples, weights, coordinates)
+    return _batch_rows(rows, chosen.samples, weights, coordinates, centered=options.centered)
 
 
 def _batch_rows(
-    rows: Rows, samples: jax.Array, weights: jax.Array | None, coordinates: Coordinates
+    rows: Rows,
+    samples: jax.Array,
+    weights: jax.Array | None,
+    coordinates: Coordinates,
+    *,
+    centered: bool,
 ) -> BatchRows:
     """The batch with coefficients (n, r)."""
+    if centered:
+        # Their mean has no effect, but K^-1 multiplies it by 1 / (n damping), and then it must
+        # cancel in G^T x.
+        samples -= jnp.average(samples, axis=0, weights=weights)
     if weights is None:
         normalizer = jnp.asarray(len(samples), coordinates.dtype)
         return BatchRows(rows, samples.reshape(-1), normalizer, coordinates)

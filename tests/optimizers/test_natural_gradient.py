@@ -305,6 +305,24 @@ def test_float32_is_accurate_at_a_small_damping(damping):
     assert np.linalg.norm(updates - exact) < 1e-4 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("weights", [None, np.linspace(0.1, 2.0, 64)])
+def test_in_float32_a_mean_of_the_cotangents_costs_no_digits_of_a_centered_batch(weights):
+    """Local energies are far from zero; only their deviations count."""
+    rng = np.random.default_rng(0)
+    rows, samples = rng.standard_normal((64, 500)) / np.sqrt(500), rng.standard_normal(64) - 60
+    with jax.enable_x64(False):
+        tx = curvax.scale_by_natural_gradient(1e-6, centered=True)
+        grads = jnp.asarray(rows, jnp.float32)
+        given = jnp.asarray(samples, jnp.float32)
+        updates, _ = tx.update(grads, tx.init(grads[0]), cotangents=given, weights=weights)
+        inverse = curvax.inverse_fisher(grads, 1e-6, centered=True, weights=weights)
+        product = inverse.solve_in_sample_space(given)
+    wide, roots, normalizer = prepared(np.asarray(grads, np.float64), weights, centered=True)
+    exact = dense_direction(wide, roots * np.asarray(given, np.float64), normalizer, 1e-6)[0]
+    for found in (updates, product / normalizer):
+        assert np.linalg.norm(found - exact) < 1e-5 * np.linalg.norm(exact)
+
+
 def test_a_singular_batch_in_float32_is_counted_and_solved():
     with jax.enable_x64(False):
         grads = jnp.ones((16, 50))

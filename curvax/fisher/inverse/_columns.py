@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.window._dense import replicated
 
 
@@ -75,13 +76,19 @@ class Preparation:
         rows = grads.astype(jnp.promote_types(dtype, jnp.complex64) if self.stacked else dtype)
         weights = self._weights(len(rows), dtype).reshape(-1, *[1] * (rows.ndim - 1))
         if self.centered:
-            rows = rows - jnp.sum(weights * rows, axis=0) / jnp.sum(weights)
+            shares = (weights / jnp.sum(weights)).reshape(-1).astype(rows.dtype)
+            # A product: XLA's CPU backend sums over the first axis many times slower.
+            rows = rows - jnp.tensordot(shares, rows, 1, precision=HIGHEST)
         if self.weights is not None:
             rows = jnp.sqrt(weights) * rows
         return jnp.concatenate([jnp.real(rows), jnp.imag(rows)]) if self.stacked else rows
 
     def samples(self, values: jax.Array, dtype: Any) -> jax.Array:
         r"""Coefficients of the rows, from ones (k, m) of the weighted gradients."""
+        if self.centered:
+            # Their mean has no effect, but $K^{-1}$ multiplies it by $1 / (n \lambda)$, and then it
+            # must cancel in $G^T x$.
+            values = values - jnp.average(values, axis=1, weights=self.weights, keepdims=True)
         if self.weights is not None:
             values = values * jnp.sqrt(self._weights(len(self.weights), dtype))
         if self.stacked:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import Leaves
+from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.samples._mesh import has_mesh, replicated
 from curvax.fisher.samples._products import (
     products_with,
@@ -49,12 +50,20 @@ def weighted_and_centered(
     rows: jax.Array, weights: jax.Array | None, *, centered: bool
 ) -> jax.Array:
     r"""Rows $\sqrt{w_i} (g_{ir} - \bar g_r)$ of gradients of shape ``(n, r, *shape)``."""
-    if weights is None:
-        return rows - jnp.mean(rows, axis=0) if centered else rows
-    column = weights.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
     if centered:
-        rows = rows - jnp.sum(column * rows, axis=0) / jnp.sum(column)
-    return jnp.sqrt(column) * rows
+        rows = rows - _mean(rows, weights)
+    if weights is None:
+        return rows
+    return jnp.sqrt(weights).astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)) * rows
+
+
+def _mean(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if has_mesh():
+        return jnp.average(rows, axis=0, weights=weights)
+    number = len(rows)
+    shares = jnp.full(number, 1 / number) if weights is None else weights / jnp.sum(weights)
+    # A product: XLA's CPU backend sums over the first axis many times slower.
+    return jnp.tensordot(shares.astype(rows.dtype), rows, 1, precision=HIGHEST)
 
 
 def stored_rows(
