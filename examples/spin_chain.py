@@ -91,7 +91,7 @@ class Contestant(NamedTuple):
 
 
 def contestants(steps: int) -> dict[str, Contestant]:
-    """Each with its best of a few learning rates; all decay to zero."""
+    """All rates decay to zero. Adam's may be 0.005 to 0.05 with the same result; 0.1 fails."""
 
     def decaying(rate: float) -> optax.Schedule:
         return optax.cosine_decay_schedule(rate, steps)

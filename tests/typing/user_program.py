@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import curvax
-from curvax import pruning, spectrum
+from curvax import influence, pruning, spectrum
 
 Params = dict[str, jax.Array]
 Batch = tuple[jax.Array, jax.Array]
@@ -151,6 +151,21 @@ def train_with_mfac(params: Params) -> Params:
     inverse = curvax.inverse_fisher({"w": jnp.ones((3, 4))}, 1e-3, block_size=2, block_scope="leaf")
     assert_type(inverse.solve(params), Params)
     assert_type(inverse.element(0, 1), jax.Array)
+    return params
+
+
+def take_gauss_newton_steps(params: Params) -> Params:
+    tx = curvax.natural_gradient(0.5, 1e-3, matrix="improved_empirical_fisher", momentum=0.5)
+    curvax.natural_gradient(0.5, matrix="fisher")  # type: ignore[arg-type]
+    inputs, targets = jnp.ones((4, 4)), jnp.ones((4, 2))
+    updates, _ = tx.update(
+        params, tx.init(params), params, outputs_fn=network, batch=(inputs,), targets=targets
+    )
+    function = influence.ggn_influence(network, "squared_error", params, (inputs, targets))
+    scores = function.scores((inputs, targets))
+    assert_type(scores, influence.InfluenceScores)
+    assert_type(function.self_influence().top(2), np.ndarray)
+    del updates
     return params
 
 

@@ -2,8 +2,8 @@ r"""Rows that are not kept, but computed for a few examples at a time.
 
 The Gram matrix is computed block by block, for one pair of micro-batches after another, and $G^T x$
 is one vector-Jacobian product of all outputs. The rows of two micro-batches are in memory. Those of
-one are computed once, and again for half of the others, which costs little: about $6 d$ operations
-for a row, and $2 d$ for its product with each of the other rows.
+one are computed once, and again for half of the others: on a CPU that doubles the time with 16
+micro-batches (``benchmarks/natural_gradient.py``).
 """
 
 from collections.abc import Callable
