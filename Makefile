@@ -7,7 +7,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-prune test test-examples test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-natural bench-pruning bench-spectrum \
+.PHONY: demo demo-prune test test-examples test-netket test-optimized test-oldest test-tpu bench bench-history bench-mfac bench-natural bench-pruning bench-spectrum \
 	bench-tiny bench-tpu bench-training docs notebooks gallery format check dist clean
 
 demo: $(VENV)/.examples
@@ -19,9 +19,9 @@ demo-prune: $(VENV)/.examples
 # Tests mostly compile small programs: they are optimized less, and each is compiled once for all
 # modules and workers. Older versions of XLA compile in half the time with a flag that newer ones
 # refuse, so it is tried first. A plain `pytest` runs what users run.
-test test-examples bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test test-examples test-optimized bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
-test test-examples test-optimized bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-examples test-netket bench-tiny: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+test test-examples test-netket test-optimized bench-tiny: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/compiled
+test test-examples test-netket test-optimized bench-tiny: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 QUICK := --xla_cpu_use_fusion_emitters=false
 QUICKLY = XLA_FLAGS=$(QUICK) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null \
 		&& export XLA_FLAGS=$(QUICK);
@@ -34,6 +34,10 @@ test: $(VENV)/.test
 EXAMPLES := tests/test_examples.py tests/test_notebooks.py tests/test_spin_chain.py tests/benchmarks
 test-examples: $(VENV)/.test
 	$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) docs $(EXAMPLES) $(ARGS)
+
+# The natural gradient inside NetKet, beside NetKet's own.
+test-netket: $(VENV)/.test $(VENV)/.netket
+	$(BIN)/python -m pytest tests/test_spin_chain.py $(ARGS)
 
 # Both, optimized as for users.
 test-optimized: $(VENV)/.test
@@ -119,6 +123,7 @@ $(VENV)/bin/python:
 # imported: those that are, Python compiles then.
 $(VENV)/.examples: EXTRAS := examples
 $(VENV)/.test: EXTRAS := examples,test
+$(VENV)/.netket: EXTRAS := netket
 $(VENV)/.benchmarks: EXTRAS := benchmarks
 $(VENV)/.dev: EXTRAS := dev
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
