@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from curvax._checks import check_arrays, check_like
-from curvax._trees import Leaves, PyTree, is_inexact, named_leaves, shape_of
+from curvax._trees import (
+    Leaves,
+    PyTree,
+    has_holes,
+    is_inexact,
+    named_leaves,
+    shape_of,
+    varying_like,
+)
 from curvax.curvature._batch_loss import BatchLoss, WeightedTargets
 from curvax.curvature._batches import as_arguments, num_examples
 from curvax.curvature._losses import Loss, output_loss, squared_error
@@ -118,7 +126,8 @@ def of_outputs(
     if isinstance(targets, WeightedTargets):
         targets, weights = targets
     weights = _checked_weights(weights, number, coordinates.dtype)
-    point = coordinates.split(params)
+    # Inside a shard_map, rows are those of each device's own examples: no gradient is summed.
+    point = varying_like(coordinates.split(params), arguments)
     if cotangents is None:
         outputs = in_micro_batches(outputs_of, point, arguments, options.micro_batch_size)
         chosen = _rows_of_loss(outputs.astype(coordinates.dtype), targets, weights, found, options)
@@ -199,7 +208,16 @@ def _rows_of_loss(
 def _check_outputs(outputs_fn: OutputsFn, params: PyTree, arguments: Any) -> Any:
     """The shape and dtype of the outputs, if these are of each example."""
     number = num_examples(arguments, "close over arrays without an axis of examples")
-    outputs = jax.eval_shape(outputs_fn, params, *arguments)
+    try:
+        outputs = jax.eval_shape(outputs_fn, params, *arguments)
+    except Exception as error:
+        if not has_holes(params):
+            raise
+        raise ValueError(
+            "outputs_fn failed on params with holes, which optax.masked and optax.partition "
+            "create. Fill them inside: "
+            "lambda p, *batch: outputs_fn(curvax.merge_masked(params, p), *batch)."
+        ) from error
     shape = getattr(outputs, "shape", None)
     if not number or not shape or shape[0] != number or not is_inexact(outputs):
         found = type(outputs).__name__ if shape is None else f"{outputs.dtype} of shape {shape}"

@@ -97,3 +97,24 @@ def test_a_step_gathers_the_small_matrix_and_the_examples_and_no_rows():
     assert sum(n for one, n in found.items() if one.shape == PARAMS["hidden"].shape) <= 2
     rows = NUM_EXAMPLES // 8 * PARAMS["hidden"].size
     assert all(one.size < rows for one in found if one.size != sizes["matrix"])
+
+
+def test_inside_a_shard_map_each_device_takes_the_step_of_its_own_examples():
+    tx, step = step_of(4)
+    mesh = make_mesh("automatic", (8,), ("data",))
+
+    def local(params, batch):
+        stepped, _ = step(params, tx.init(params), batch)
+        return jax.tree.map(lambda leaf: leaf[jnp.newaxis], stepped)
+
+    found = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    )(PARAMS, BATCH)
+    first = jax.tree.map(lambda leaf: leaf[: NUM_EXAMPLES // 8], BATCH)
+    wanted, _ = jax.jit(step)(PARAMS, tx.init(PARAMS), first)
+    assert_trees_close(
+        jax.tree.map(lambda leaf: np.asarray(leaf[0]), found),
+        jax.tree.map(np.asarray, wanted),
+        rtol=1e-9,
+        atol=1e-9,
+    )

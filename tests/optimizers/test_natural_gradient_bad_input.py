@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import curvax
@@ -73,6 +74,27 @@ def test_an_option_out_of_range(options, message):
 def test_a_batch_that_does_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_params_with_holes_are_filled_inside_the_function():
+    params = {**PARAMS, "b": jnp.zeros(2)}
+
+    def with_bias(params, inputs):
+        return network(params, inputs) + params["b"]
+
+    tx = optax.masked(curvax.natural_gradient(0.1), {"w": True, "b": False})
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"curvax\.merge_masked\(params, p\)"):
+        tx.update(params, state, params, outputs_fn=with_bias, batch=(INPUTS,))
+    updates, _ = tx.update(
+        params,
+        state,
+        params,
+        outputs_fn=lambda p, inputs: with_bias(curvax.merge_masked(params, p), inputs),
+        batch=(INPUTS,),
+    )
+    assert (updates["b"] == params["b"]).all()
+    assert (updates["w"] != params["w"]).all()
 
 
 def test_more_rows_than_memory_say_how_many_bytes(monkeypatch):
