@@ -30,7 +30,7 @@ LAYOUTS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.oldest, pytest.mark.usefixtures("x64")]
 
 
 def residuals(params, inputs, targets):

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import curvax
 
+pytestmark = pytest.mark.oldest
 NUM_EXAMPLES = 7
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.0, 0.25, 1.25])
 # All rows at once; three micro-batches, the last not full.

@@ -53,11 +53,11 @@ def free_of_types(array: jax.Array) -> jax.Array:
 
 
 def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array with the sharding that is part of the other's type, on an explicit mesh."""
+    """The array with its examples where the other's type has them, on an explicit mesh."""
     mesh = _mesh()
     if mesh is None or not mesh.are_all_axes_explicit:
         return array
-    return jax.sharding.reshard(array, jax.typeof(other).sharding)
+    return jax.sharding.reshard(array, P(jax.typeof(other).sharding.spec[0]))
 
 
 def _mesh() -> Any:

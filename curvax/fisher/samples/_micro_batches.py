@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from curvax._trees import Leaves, varying_like
 from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.samples._jacobian import JacobianRows
-from curvax.fisher.samples._mesh import free_of_types, has_mesh, replicated
+from curvax.fisher.samples._mesh import free_of_types, has_mesh, replicated, sharded_like
 from curvax.fisher.samples._products import (
     products_with,
     products_with_themselves,
@@ -114,8 +114,9 @@ class MicroBatchedRows(NamedTuple):
             # Half of the others, around a circle: each pair is met once, or twice if opposite.
             return jax.lax.fori_loop(int(not has_mesh()), cut.parts // 2 + 1, pair, gram), dots
 
-        zeros = jnp.zeros(shape, self.jacobian.dtype)
-        start = jnp.zeros(shape * 2, zeros.dtype), None if vector is None else zeros
+        zeros = free_of_types(jnp.zeros(shape, self.jacobian.dtype))
+        square = free_of_types(jnp.zeros(shape * 2, zeros.dtype))
+        start = square, None if vector is None else zeros
         gram, dots = jax.lax.fori_loop(0, cut.parts, of_micro_batch, self._varying(start))
         total = number * per_example
         square = gram.reshape(zeros.size, zeros.size)[:total, :total]
@@ -163,6 +164,7 @@ class MicroBatchedRows(NamedTuple):
     def _pulled_back(self, weights: jax.Array) -> Leaves:
         r"""$\sum_{ir} x_{ir} J_i^T b_{ir}$ for $x$ of shape (n, r)."""
         directions = self.jacobian.directions
+        weights = sharded_like(weights, directions)
         cotangents = jnp.einsum("nr,nrk->nk", weights, directions, precision=HIGHEST)
         cut = _Cut.of(len(cotangents), self.size)
         examples = cut.of_tree(self.jacobian.examples, fill=True)
