@@ -118,7 +118,7 @@ def scale_by_natural_gradient(
     References:
       As for `curvax.natural_gradient`.
     """
-    check_damping(damping)
+    _check_damping(damping)
     output_loss(loss)
     check_choice("matrix", matrix, get_args(Matrix))
     check_range("momentum", momentum, low=0, high=1, open_high=True)
@@ -379,7 +379,7 @@ def _wide_zeros(leaf: Any) -> jax.Array:
     return jnp.zeros_like(leaf, dtype=wide_dtype(leaf))
 
 
-def check_damping(damping: Any) -> None:
+def _check_damping(damping: Any) -> None:
     """Raises unless the damping is positive or a schedule."""
     if not callable(damping):
         check_range("damping", damping, low=0, open_low=True)
