@@ -23,8 +23,8 @@ from curvax._progress import progress_bar
 from curvax._settled import settled
 from curvax._trees import Differentiable, Leaves
 from curvax.curvature._compiled import compiled_once
-from curvax.fisher._cholesky import HIGHEST
 from curvax.fisher.inverse import InverseFisher
+from curvax.fisher.inverse._gram import row_products
 from curvax.fisher.window._dense import replicated
 from curvax.influence._examples import Examples, Part
 from curvax.influence._gradients import Gradients, checked_finite, example_gradients
@@ -139,7 +139,7 @@ class InfluenceFunction:
         """
         problem = self._problem
         forms = [
-            np.asarray(settled(_quadratic_forms(self.inverse, rows)))
+            np.array(settled(_quadratic_forms(self.inverse, rows)))  # a copy frees the device
             for _, rows in problem.gradients_of(problem.train, "self-influence")
         ]
         return SelfInfluence(np.concatenate(forms) / self.num_train)
@@ -147,7 +147,7 @@ class InfluenceFunction:
     def _scores_of(self, problem: Problem, solved: Leaves) -> np.ndarray:
         """The scores for a group of test examples, from one pass over the training examples."""
         products = [
-            np.asarray(settled(_products(solved, rows)))
+            np.array(settled(_products(solved, rows)))  # a copy frees the device
             for _, rows in problem.gradients_of(problem.train, "scores")
         ]
         return -np.concatenate(products, axis=1) / self.num_train
@@ -200,19 +200,9 @@ def _over_vectors(fun: Callable[[Leaves], Any], vectors: Leaves) -> Any:
 @jax.jit
 def _products(vectors: Leaves, rows: Leaves) -> jax.Array:
     """The dot products of all vectors with all rows: shape (k, b)."""
-    products = map(_products_of_leaf, vectors, rows)
-    return jax.tree.reduce(jnp.add, list(products))
-
-
-def _products_of_leaf(vectors: jax.Array, rows: jax.Array) -> jax.Array:
-    axes = tuple(range(1, rows.ndim))
-    return jax.lax.dot_general(
-        vectors.astype(rows.dtype),
-        rows,
-        ((axes, axes), ((), ())),
-        precision=HIGHEST,
-        out_sharding=replicated(rows),
-    )
+    pairs = zip(vectors, rows, strict=True)
+    products = [row_products(v.astype(leaf.dtype), leaf, replicated(leaf)) for v, leaf in pairs]
+    return jax.tree.reduce(jnp.add, products)
 
 
 @jax.jit
