@@ -115,6 +115,8 @@ def of_outputs(
         )
     check_arrays(params)
     coordinates, arguments = Coordinates.of(params), as_arguments(batch)
+    if not coordinates.split(params):
+        raise ValueError("params hold no real or complex leaf, so outputs have no gradients.")
     found = _check_outputs(outputs_fn, params, arguments)
     number = found.shape[0]
     is_complex = jnp.iscomplexobj(found)

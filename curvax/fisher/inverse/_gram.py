@@ -107,7 +107,7 @@ def _gram_tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """One product. XLA's CPU backend of jaxlib 0.10 crashes in those of transposed row blocks."""
     (rows,), (tangent,) = primals, tangents
-    product = _products(tangent, rows, replicated(rows))
+    product = row_products(tangent, rows, replicated(rows))
     return _gram(rows, cut), product + jnp.conj(product.T)
 
 
@@ -179,13 +179,13 @@ def _lower_products(rows: jax.Array) -> jax.Array:
     """The lower triangle of the Gram matrix, and zeros or products above it."""
     blocks = []
     for start, stop in _row_blocks(len(rows)):
-        block = _products(rows[start:stop], rows[:stop], replicated(rows))
+        block = row_products(rows[start:stop], rows[:stop], replicated(rows))
         blocks.append(jnp.pad(block, ((0, 0), (0, len(rows) - stop))))
     return jnp.concatenate(blocks)
 
 
-def _products(left: jax.Array, right: jax.Array, out_sharding: Any) -> jax.Array:
-    """The inner products of rows and rows, $A B^H$."""
+def row_products(left: jax.Array, right: jax.Array, out_sharding: Any) -> jax.Array:
+    """The inner products of rows and rows, $A B^H$, of shape (m_a, m_b)."""
     axes = tuple(range(1, left.ndim))
     contracted = ((axes, axes), ((), ()))
     return jax.lax.dot_general(

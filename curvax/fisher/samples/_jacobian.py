@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import Leaves
+from curvax.curvature._batches import over_examples
 from curvax.fisher.samples._mesh import sharded_like
 from curvax.fisher.samples._stored import StoredRows, stored_rows
 
@@ -56,17 +57,13 @@ class JacobianRows:
 
     def of_examples(self, examples: Any, directions: jax.Array) -> Leaves:
         """$b_{ir}^T J_i$ of some examples, of shape ``(n, r, *shape)``."""
-        flat, structure = jax.tree.flatten(examples)
-        treedef: Any = structure
-        axes = [0 if jnp.ndim(leaf) else None for leaf in flat]
 
-        def of_one(leaves: Leaves, chosen: jax.Array) -> Leaves:
-            pairs = zip(leaves, axes, strict=True)
-            single = treedef.unflatten([x if axis is None else x[None] for x, axis in pairs])
+        def of_one(example: tuple[Any, jax.Array]) -> Leaves:
+            single, chosen = example
             outputs, pullback = jax.vjp(lambda p: self.outputs(p, single)[0], self.point)
-            return jax.vmap(lambda b: pullback(b.astype(outputs.dtype))[0])(chosen)
+            return jax.vmap(lambda b: pullback(b.astype(outputs.dtype))[0])(chosen[0])
 
-        return jax.vmap(of_one, in_axes=(axes, 0))(flat, directions)
+        return over_examples(of_one, (examples, directions))
 
     def pulled_back(self, examples: Any, cotangents: jax.Array) -> Leaves:
         """The sum over some examples of $J_i^T u_i$, for cotangents of shape (n, k)."""

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax._trees import Leaves
-from curvax.fisher._cholesky import HIGHEST
-from curvax.fisher.inverse._gram import gram
+from curvax.fisher.inverse._gram import gram, row_products
 from curvax.fisher.samples._mesh import has_mesh
 from curvax.fisher.window._dense import leaf_dots, pairwise_sum
 
@@ -20,16 +19,8 @@ def products_with_themselves(rows: Leaves) -> jax.Array:
 
 def products_with(rows: Leaves, others: Leaves) -> jax.Array:
     """$G_a G_b^T$, of shape (m_a, m_b)."""
-
-    def of_leaf(one: jax.Array, other: jax.Array) -> jax.Array:
-        axes = tuple(range(1, one.ndim))
-        sharding = _rows_sharding(one)
-        return jax.lax.dot_general(
-            one, other, ((axes, axes), ((), ())), precision=HIGHEST, out_sharding=sharding
-        )
-
     pairs = zip(_merged(rows), _merged(others), strict=True)
-    blocks = [of_leaf(*pair) for pair in pairs]
+    blocks = [row_products(one, other, _rows_sharding(one)) for one, other in pairs]
     return pairwise_sum(jnp.stack(blocks, axis=-1))
 
 
